@@ -1,0 +1,11 @@
+"""Attention heads are not equal: no head should do work that does not matter.
+
+- `jaxheads.moh`: mixture-of-head attention, as pure functions
+- `jaxheads.nn`: the same as Flax NNX modules
+- `jaxheads.models`: a decoder language model with one head plan per layer
+- `jaxheads.data`, `jaxheads.training`: what the experiment scripts are made of
+"""
+
+from jaxheads.errors import UserError as UserError
+from jaxheads.moh import MoHConfig as MoHConfig
+from jaxheads.nn import MoHAttention as MoHAttention

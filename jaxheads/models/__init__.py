@@ -1,0 +1,7 @@
+"""Language models whose every layer takes its own head plan."""
+
+from jaxheads.models import presets as presets
+from jaxheads.models.config import ModelConfig as ModelConfig
+from jaxheads.models.decoder import DecoderBlock as DecoderBlock
+from jaxheads.models.decoder import DecoderLM as DecoderLM
+from jaxheads.models.generate import generate as generate

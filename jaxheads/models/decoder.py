@@ -1,0 +1,398 @@
+"""A decoder language model whose every layer takes its own head plan.
+
+The shape is LLaMA's: RMSNorm before attention and feed-forward, RoPE, SwiGLU,
+grouped queries, no biases. Layers of equal plan that follow each other are
+stored with a leading axis and run by one `jax.lax.scan`, so the time to
+compile depends on the number of different plans and not on the depth.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxheads.models.config import ModelConfig
+from jaxheads.moh import (
+  MoHConfig,
+  RouterParams,
+  route,
+  route_by_query_norm,
+)
+from jaxheads.nn import MoHAttention
+
+_STDDEV = 0.02
+
+
+class RMSNorm(nnx.Module):
+  """x / sqrt(mean(x^2) + epsilon) * scale, with float32 statistics.
+
+  Flax's own does not run under strict dtype promotion in bfloat16.
+
+  Source:
+    Root mean square layer normalization, https://arxiv.org/abs/1910.07467.
+  """
+
+  def __init__(self, config: ModelConfig) -> None:
+    self.epsilon = config.norm_eps
+    self.scale = nnx.Param(
+      jnp.ones(config.embed_dim, jnp.dtype(config.param_dtype))
+    )
+
+  def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    wide = x.astype(jnp.float32)
+    square = jnp.mean(wide * wide, axis=-1, keepdims=True)
+    wide *= jax.lax.rsqrt(square + self.epsilon)
+    scale = self.scale[...].astype(jnp.float32)
+    return (wide * scale[None, None]).astype(x.dtype)
+
+
+class SwiGLU(nnx.Module):
+  """Gated feed-forward layer: (silu(x W_gate) * x W_up) W_down.
+
+  Source:
+    GLU variants improve transformer, https://arxiv.org/abs/2002.05202.
+  """
+
+  def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
+    linear = functools.partial(
+      nnx.Linear,
+      use_bias=False,
+      dtype=jnp.dtype(config.dtype),
+      param_dtype=jnp.dtype(config.param_dtype),
+      rngs=rngs,
+    )
+    D, F = config.embed_dim, config.mlp_dim
+    self.gate = linear(D, F, kernel_init=_init())
+    self.up = linear(D, F, kernel_init=_init())
+    self.down = linear(F, D, kernel_init=_residual_init(config))
+
+  def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    return self.down(nnx.silu(self.gate(x)) * self.up(x))
+
+
+class DecoderBlock(nnx.Module):
+  """One layer: x + attention(norm(x)), then x + feed-forward(norm(x)).
+
+  Args:
+    config: Sizes and numerics; its `head_plans` are not read.
+    plan: This layer's heads; `None` keeps every head on and ungated.
+    rngs: Source of the initial parameters.
+  """
+
+  def __init__(
+    self, config: ModelConfig, plan: MoHConfig | None, *, rngs: nnx.Rngs
+  ) -> None:
+    self.attention_norm = RMSNorm(config)
+    self.attention = MoHAttention(
+      config.num_heads,
+      in_features=config.embed_dim,
+      qkv_features=config.num_heads * config.head_dim,
+      num_kv_heads=config.num_kv_heads,
+      moh=plan,
+      rope_theta=config.rope_theta,
+      dtype=jnp.dtype(config.dtype),
+      param_dtype=jnp.dtype(config.param_dtype),
+      kernel_init=_init(),
+      out_kernel_init=_residual_init(config),
+      use_bias=False,
+      decode=False,
+      execution=config.execution,
+      implementation=config.implementation,
+      rngs=rngs,
+    )
+    self.mlp_norm = RMSNorm(config)
+    self.mlp = SwiGLU(config, rngs=rngs)
+
+  def __call__(
+    self,
+    x: Float[Array, "B T D"],
+    *,
+    positions: Int[Array, "B T"] | None = None,
+    token_mask: Bool[Array, "B T"] | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
+    deterministic: bool = True,
+    decode: bool = False,
+  ) -> Float[Array, "B T D"]:
+    with jax.named_scope("attention"):
+      x += self.attention(
+        self.attention_norm(x),
+        is_causal=True,
+        positions=positions,
+        token_mask=token_mask,
+        segment_ids=segment_ids,
+        deterministic=deterministic,
+        decode=decode,
+      )
+    with jax.named_scope("mlp"):
+      return x + self.mlp(self.mlp_norm(x))
+
+  def active_heads(self, x: Float[Array, "B T D"]) -> Bool[Array, "B T N"]:
+    """True where (token, head) is active, given the layer's input."""
+    attention = self.attention
+    plan = attention.moh
+    if plan is None:
+      return jnp.ones((*x.shape[:2], attention.num_heads), bool)
+    x = self.attention_norm(x)
+    if plan.router == "query_norm":
+      return route_by_query_norm(attention.query(x), plan).mask
+    routers = (
+      getattr(attention, f"router_{name}") for name in RouterParams._fields
+    )
+    params = RouterParams(*(None if w is None else w[...] for w in routers))
+    return route(x, params, plan).mask
+
+
+class DecoderLM(nnx.Module):
+  """Decoder language model over `config.vocab_size` tokens.
+
+  `stacks[i]` is the `DecoderBlock` of `config.runs[i]`: every variable in it
+  has a leading axis, one entry for each layer of the run.
+
+  Args:
+    config: Sizes, numerics and head plans.
+    rngs: Source of the initial parameters: truncated normals of standard
+      deviation 0.02, divided by sqrt(2 * num_layers) where a layer adds to
+      the residual stream.
+  """
+
+  def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
+    self.config = config
+    self.embedding = nnx.Embed(
+      config.vocab_size,
+      config.embed_dim,
+      dtype=jnp.dtype(config.dtype),
+      param_dtype=jnp.dtype(config.param_dtype),
+      embedding_init=_init(),
+      rngs=rngs,
+    )
+    self.stacks = nnx.List(
+      [
+        _stack(config, plan, num_layers, rngs.params())
+        for plan, num_layers in config.runs
+      ]
+    )
+    self.norm = RMSNorm(config)
+    self.unembedding: nnx.Param[Array] | None
+    if config.tie_embeddings:
+      self.unembedding = nnx.data(None)
+    else:
+      shape = (config.embed_dim, config.vocab_size)
+      self.unembedding = nnx.Param(
+        _init()(rngs.params(), shape, jnp.dtype(config.param_dtype))
+      )
+
+  def __call__(
+    self,
+    tokens: Int[Array, "B T"],
+    *,
+    positions: Int[Array, "B T"] | None = None,
+    token_mask: Bool[Array, "B T"] | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
+    deterministic: bool = True,
+    decode: bool = False,
+  ) -> Float[Array, "B T V"]:
+    """Logits of the token that follows each token.
+
+    Args:
+      tokens: Token ids, int32.
+      positions: Absolute positions, int32; `None` counts from 0, and when
+        decoding from the first free slot of the cache.
+      token_mask: True for real tokens. Padding, wherever it stands, is seen
+        by no real token and activates no head; its logits mean nothing.
+      segment_ids: Tokens see tokens of their own segment only, for packed
+        documents.
+      deterministic: False while training: the layers then set their
+        `AuxLoss`.
+      decode: Read and extend the cache of `init_cache` by these tokens.
+    Returns:
+      Float32 whatever the compute dtype is.
+    Raises:
+      ValueError: Wrong shapes, a sequence longer than `config.max_seq_len`,
+        or `decode` with padding or segments.
+      TypeError: `tokens` are no integers.
+    """
+    self._check(tokens, positions, token_mask, segment_ids)
+    if decode and not (token_mask is None and segment_ids is None):
+      raise ValueError(
+        "`token_mask` and `segment_ids` must be None when `decode` is True: "
+        "the cache keeps one sequence per row, without padding. Decode "
+        "prompts of different lengths in separate batches."
+      )
+    with jax.named_scope("embed"):
+      x = self.embedding(tokens)
+    for index, stack in enumerate(self.stacks):
+      with jax.named_scope(f"stack_{index}"):
+        x = self._run(
+          stack,
+          x,
+          positions=positions,
+          token_mask=token_mask,
+          segment_ids=segment_ids,
+          deterministic=deterministic,
+          decode=decode,
+        )
+    with jax.named_scope("unembed"):
+      return self._logits(self.norm(x))
+
+  def init_cache(self, batch_size: int, max_len: int) -> None:
+    """Empties the cache, with room for `max_len` tokens a sequence.
+
+    Args:
+      batch_size: Sequences decoded together.
+      max_len: Tokens, prompt included; at most `config.max_seq_len`.
+    Raises:
+      ValueError: `max_len` is longer than the model allows.
+    """
+    self._check_length("max_len", max_len)
+    shape = (batch_size, max_len, self.config.embed_dim)
+    for stack, (_, num_layers) in zip(
+      self.stacks, self.config.runs, strict=True
+    ):
+      stack.attention.init_cache(shape, jnp.dtype(self.config.dtype))
+      one_layer = nnx.state(stack, nnx.Cache)
+      nnx.update(
+        stack,
+        jax.tree.map(
+          lambda x, n=num_layers: jnp.zeros((n, *x.shape), x.dtype), one_layer
+        ),
+      )
+
+  def head_activity(
+    self, tokens: Int[Array, "B T"]
+  ) -> Bool[Array, "layers B T N"]:
+    """Which heads each token uses, layer by layer.
+
+    Args:
+      tokens: Token ids, int32, without padding.
+    Raises:
+      ValueError, TypeError: As the model's call.
+    """
+    self._check(tokens, None, None, None)
+
+    def layer(
+      x: Array, state: nnx.State, graphdef: nnx.GraphDef[DecoderBlock]
+    ) -> tuple[Array, Array]:
+      block = nnx.merge(graphdef, state)
+      return block(x), block.active_heads(x)
+
+    x = self.embedding(tokens)
+    activity = []
+    for stack in self.stacks:
+      graphdef, state = nnx.split(stack)
+      x, active = jax.lax.scan(
+        functools.partial(layer, graphdef=graphdef), x, state
+      )
+      activity.append(active)
+    return jnp.concatenate(activity)
+
+  def _run(
+    self, stack: DecoderBlock, x: Float[Array, "B T D"], **inputs: Any
+  ) -> Float[Array, "B T D"]:
+    """The layers of one stack, one after the other."""
+    graphdef, state = nnx.split(stack)
+
+    def layer(x: Array, state: nnx.State) -> tuple[Array, nnx.State]:
+      block = nnx.merge(graphdef, state)
+      x = block(x, **inputs)
+      return x, nnx.state(block, nnx.Not(nnx.Param))
+
+    if self.config.remat:
+      # Inside a scan the loop itself keeps XLA from merging the recomputation
+      # with the forward pass, so the barriers of `prevent_cse` only cost.
+      layer = jax.checkpoint(layer, prevent_cse=False)
+    x, changed = jax.lax.scan(layer, x, state)
+    nnx.update(stack, changed)
+    return x
+
+  def _logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+    """Scores of every token of the vocabulary, summed in float32."""
+    if self.unembedding is None:
+      table = self.embedding.embedding[...].T
+    else:
+      table = self.unembedding[...]
+    return jnp.einsum(
+      "btd,dv->btv",
+      x,
+      table.astype(x.dtype),
+      preferred_element_type=jnp.float32,
+    )
+
+  def _check(
+    self,
+    tokens: Array,
+    positions: Array | None,
+    token_mask: Array | None,
+    segment_ids: Array | None,
+  ) -> None:
+    if not jnp.issubdtype(tokens.dtype, jnp.integer):
+      raise TypeError(f"`tokens` must be integers, got {tokens.dtype}.")
+    if tokens.ndim != 2:
+      raise ValueError(
+        f"`tokens` must have shape [B, T], got {tokens.shape}; "
+        "one sequence is `tokens[None]`."
+      )
+    for name, array in (
+      ("positions", positions),
+      ("token_mask", token_mask),
+      ("segment_ids", segment_ids),
+    ):
+      if array is not None and array.shape != tokens.shape:
+        raise ValueError(
+          f"`{name}` must have the shape of `tokens`, {tokens.shape}; "
+          f"got {array.shape}."
+        )
+    if token_mask is not None and token_mask.dtype != jnp.bool_:
+      raise TypeError(f"`token_mask` must be bool, got {token_mask.dtype}.")
+    self._check_length("tokens", tokens.shape[1])
+
+  def _check_length(self, name: str, length: int) -> None:
+    limit = self.config.max_seq_len
+    if not 1 <= length <= limit:
+      raise ValueError(
+        f"`{name}` must be 1 to {limit} tokens long (`max_seq_len`), got "
+        f"{length}. Shorten the sequence, or build the model with a larger "
+        "`max_seq_len`."
+      )
+
+
+def _stack(
+  config: ModelConfig, plan: MoHConfig | None, num_layers: int, key: Array
+) -> DecoderBlock:
+  """Layers of equal plan as one block with a leading axis everywhere."""
+  graphdef = nnx.graphdef(
+    nnx.eval_shape(lambda: DecoderBlock(config, plan, rngs=nnx.Rngs(params=0)))
+  )
+  keys = jax.random.split(key, num_layers)
+  return nnx.merge(graphdef, _stack_state(keys, config=config, plan=plan))
+
+
+# Compiled as one program: op by op, the random numbers of a block take
+# seconds to compile.
+@functools.partial(jax.jit, static_argnames=("config", "plan"))
+def _stack_state(
+  keys: Array, *, config: ModelConfig, plan: MoHConfig | None
+) -> nnx.State:
+  """State of one block for each key, along a leading axis."""
+
+  def block_state(key: Array) -> nnx.State:
+    return nnx.state(DecoderBlock(config, plan, rngs=nnx.Rngs(params=key)))
+
+  return jax.vmap(block_state)(keys)
+
+
+def _init() -> jax.nn.initializers.Initializer:
+  return jax.nn.initializers.truncated_normal(_STDDEV)
+
+
+def _residual_init(config: ModelConfig) -> jax.nn.initializers.Initializer:
+  """Smaller with depth, so that the residual stream does not grow with it.
+
+  Source:
+    Language models are unsupervised multitask learners (GPT-2), section 2.3.
+  """
+  return jax.nn.initializers.truncated_normal(
+    _STDDEV / (2 * config.num_layers) ** 0.5
+  )

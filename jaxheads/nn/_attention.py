@@ -1,0 +1,567 @@
+"""Mixture-of-head attention as an NNX module."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.nnx.nn.linear import default_kernel_init
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxheads.moh import (
+  MoHConfig,
+  RouterParams,
+  Routing,
+  load_balance_loss,
+  moh_attention,
+  route,
+  route_by_query_norm,
+  router_shapes,
+)
+from jaxheads.moh._execution import (
+  Execution,
+  Implementation,
+  choose_execution,
+)
+from jaxheads.nn._variables import AuxLoss, RoutingStats
+from jaxheads.rope import apply_rope
+
+
+class MoHAttention(nnx.Module):
+  """Multi-head attention in which each token picks its heads.
+
+  Drops in for `nnx.MultiHeadAttention`: the same arguments, call and
+  parameter names (`query`, `key`, `value`, `out`), so its state can be loaded
+  into this module. With `moh=None` it computes the same.
+
+  After a call, `aux_loss` (an `AuxLoss`; only if heads are routed) holds the
+  load-balance loss and `head_load` (a `RoutingStats`) the fraction of tokens
+  for which each head was active. See `jaxheads.nn.auxiliary_loss`.
+
+  Source:
+    MoH, https://arxiv.org/abs/2410.11842.
+  """
+
+  def __init__(
+    self,
+    num_heads: int,
+    in_features: int,
+    qkv_features: int | None = None,
+    out_features: int | None = None,
+    num_kv_heads: int | None = None,
+    in_kv_features: int | None = None,
+    *,
+    moh: MoHConfig | None,
+    rope_theta: float | None = None,
+    dtype: Any = None,
+    param_dtype: Any = jnp.float32,
+    broadcast_dropout: bool = True,
+    dropout_rate: float = 0.0,
+    deterministic: bool | None = None,
+    precision: Any = None,
+    kernel_init: nnx.Initializer = default_kernel_init,
+    out_kernel_init: nnx.Initializer | None = None,
+    bias_init: nnx.Initializer = nnx.initializers.zeros_init(),
+    out_bias_init: nnx.Initializer | None = None,
+    router_init: nnx.Initializer = nnx.initializers.truncated_normal(0.02),
+    use_bias: bool = True,
+    decode: bool = False,
+    normalize_qk: bool = False,
+    execution: Execution | None = None,
+    implementation: Implementation | None = None,
+    keep_rngs: bool = True,
+    rngs: nnx.Rngs,
+  ):
+    """Creates the parameters.
+
+    Args:
+      num_heads: Query heads N.
+      in_features: Features of `inputs_q`.
+      qkv_features: Features of all query heads together; `in_features` if
+        None. The head size is `qkv_features // num_heads`.
+      out_features: Features of the output; `in_features` if None.
+      num_kv_heads: Key and value heads; `num_heads` if None.
+      in_kv_features: Features of `inputs_k` and `inputs_v`; `in_features` if
+        None.
+      moh: Which heads are shared and how many are picked; None for plain
+        multi-head attention.
+      rope_theta: Base of rotary position embeddings; None for none.
+      dtype: Of the computation; inferred from inputs and parameters if None.
+      param_dtype: Of the parameters.
+      broadcast_dropout: Whether one dropout mask serves the whole batch.
+      dropout_rate: Of attention weights; while it acts, all heads are
+        computed.
+      deterministic: Default of the call's argument: True switches dropout and
+        the load-balance loss off. None is False here, unless there is dropout.
+      precision: Of the projections.
+      kernel_init: Of query, key and value projections.
+      out_kernel_init: Of the output projection; `kernel_init` if None.
+      bias_init: Of query, key and value biases.
+      out_bias_init: Of the output bias; `bias_init` if None.
+      router_init: Of the two-stage router's maps.
+      use_bias: Whether the projections have biases. The router never has.
+      decode: Default of the call's argument: use the cache.
+      normalize_qk: Layer-normalise queries and keys per head.
+      execution: See `jaxheads.moh.moh_attention`.
+      implementation: See `jaxheads.moh.moh_attention`.
+      keep_rngs: Keep a fork of `rngs` for dropout.
+      rngs: Random streams `params` and `dropout`.
+
+    Raises:
+      ValueError: Head counts do not add up; the message names the argument.
+    """
+    self.num_heads = num_heads
+    self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+    self.in_features = in_features
+    self.qkv_features = in_features if qkv_features is None else qkv_features
+    self.out_features = in_features if out_features is None else out_features
+    self.in_kv_features = (
+      in_features if in_kv_features is None else in_kv_features
+    )
+    if num_heads < 1:
+      raise ValueError(f"`num_heads` must be at least 1, got {num_heads}.")
+    if self.num_kv_heads < 1 or num_heads % self.num_kv_heads:
+      raise ValueError(
+        f"`num_heads` must be a multiple of `num_kv_heads`, got {num_heads} "
+        f"and {self.num_kv_heads}."
+      )
+    if self.qkv_features % num_heads:
+      raise ValueError(
+        f"`qkv_features` must be a multiple of `num_heads`, got "
+        f"{self.qkv_features} and {num_heads}."
+      )
+    if moh is not None and moh.num_heads != num_heads:
+      raise ValueError(
+        f"`moh.num_heads` must equal `num_heads`, got {moh.num_heads} and "
+        f"{num_heads}."
+      )
+    if not 0.0 <= dropout_rate < 1.0:
+      raise ValueError(f"`dropout_rate` must be in [0, 1), got {dropout_rate}.")
+    self.head_dim = self.qkv_features // num_heads
+    self.moh = moh
+    self.rope_theta = rope_theta
+    self.dtype = dtype
+    self.broadcast_dropout = broadcast_dropout
+    self.dropout_rate = dropout_rate
+    self.deterministic = deterministic
+    self.decode = decode
+    self.execution = execution
+    self.implementation = implementation
+
+    def linear(features_in: int, heads: int) -> nnx.LinearGeneral:
+      return nnx.LinearGeneral(
+        features_in,
+        (heads, self.head_dim),
+        kernel_init=kernel_init,
+        bias_init=bias_init,
+        use_bias=use_bias,
+        dtype=dtype,
+        param_dtype=param_dtype,
+        precision=precision,
+        rngs=rngs,
+      )
+
+    def layer_norm() -> nnx.LayerNorm:
+      return nnx.LayerNorm(
+        self.head_dim,
+        use_bias=False,
+        dtype=dtype,
+        param_dtype=param_dtype,
+        rngs=rngs,
+      )
+
+    self.query = linear(in_features, num_heads)
+    self.key = linear(self.in_kv_features, self.num_kv_heads)
+    self.value = linear(self.in_kv_features, self.num_kv_heads)
+    self.query_ln = nnx.data(layer_norm() if normalize_qk else None)
+    self.key_ln = nnx.data(layer_norm() if normalize_qk else None)
+    self.out = nnx.LinearGeneral(
+      (num_heads, self.head_dim),
+      self.out_features,
+      axis=(-2, -1),
+      kernel_init=out_kernel_init or kernel_init,
+      bias_init=out_bias_init or bias_init,
+      use_bias=use_bias,
+      dtype=dtype,
+      param_dtype=param_dtype,
+      precision=precision,
+      rngs=rngs,
+    )
+    shapes = {} if moh is None else router_shapes(moh, in_features)
+
+    def router_map(name: str) -> nnx.Param[Array] | None:
+      shape = shapes.get(name)
+      if shape is None:
+        return None
+      return nnx.Param(router_init(rngs.params(), shape, param_dtype))
+
+    self.router_routed = nnx.data(router_map("routed"))
+    self.router_kind = nnx.data(router_map("kind"))
+    self.router_shared = nnx.data(router_map("shared"))
+    self.aux_loss = nnx.data(
+      AuxLoss(jnp.zeros((), jnp.float32)) if moh and moh.routes else None
+    )
+    self.head_load = nnx.data(
+      RoutingStats(jnp.zeros((num_heads,), jnp.float32)) if moh else None
+    )
+    self.rngs = nnx.data(
+      rngs.dropout.fork() if keep_rngs and dropout_rate > 0 else None
+    )
+    self.cached_key: nnx.Cache | None = nnx.data(None)
+    self.cached_value: nnx.Cache | None = nnx.data(None)
+    self.cache_index: nnx.Cache | None = nnx.data(None)
+
+  def __call__(
+    self,
+    inputs_q: Float[Array, "*batch T D"],
+    inputs_k: Float[Array, "*batch S Dkv"] | None = None,
+    inputs_v: Float[Array, "*batch S Dkv"] | None = None,
+    *,
+    mask: Bool[Array, "#*batch #N #T S"] | None = None,
+    deterministic: bool | None = None,
+    rngs: nnx.Rngs | nnx.RngStream | None = None,
+    sow_weights: bool = False,
+    decode: bool | None = None,
+    is_causal: bool = False,
+    positions: Int[Array, "*batch T"] | None = None,
+    token_mask: Bool[Array, "*batch T"] | None = None,
+    segment_ids: Int[Array, "*batch T"] | None = None,
+  ) -> Float[Array, "*batch T Dout"]:
+    """Attends, each token through the heads it picked.
+
+    Args:
+      inputs_q: Input of queries and router.
+      inputs_k: Input of keys; `inputs_q` if None.
+      inputs_v: Input of values; `inputs_k` if None.
+      mask: True where a query may attend. Prefer `is_causal` and
+        `segment_ids` where they say the same: no mask is then stored.
+      deterministic: See the constructor.
+      rngs: Random stream of dropout; the module's own if None.
+      sow_weights: Store the attention weights [B, N, T, S] of all heads and
+        the gates [B, T, N] as `nnx.Intermediate`.
+      decode: Append keys and values of these tokens (one or more) to the
+        cache and attend causally to all cached tokens.
+      is_causal: Queries see keys at their own index and before.
+      positions: For RoPE; by default the index in the sequence, in decoding
+        counted from the start of the cache.
+      token_mask: True for real tokens. Padding tokens use no head, count in
+        no statistics, and their keys are hidden in self-attention.
+      segment_ids: Tokens of packed sequences see their own segment only;
+        self-attention without cache.
+
+    Returns:
+      Output in the computation's dtype.
+
+    Raises:
+      ValueError: Arguments or shapes do not fit; the message names them.
+    """
+    if inputs_k is None:
+      if inputs_v is not None:
+        raise ValueError(
+          "`inputs_k` must be given if `inputs_v` is; to use one tensor for "
+          "both, pass it as `inputs_k` alone."
+        )
+      inputs_k = inputs_q
+    self_attention = inputs_k is inputs_q
+    inputs_v = inputs_k if inputs_v is None else inputs_v
+    if inputs_q.shape[-1] != self.in_features:
+      raise ValueError(
+        f"`inputs_q` must have {self.in_features} features, got "
+        f"{inputs_q.shape[-1]}."
+      )
+    if segment_ids is not None and not self_attention:
+      raise ValueError("`segment_ids` needs self-attention; use `mask`.")
+    decode = self.decode if decode is None else decode
+    if decode and segment_ids is not None:
+      raise ValueError("`segment_ids` cannot be used while decoding.")
+    if positions is not None and self.rope_theta is None:
+      raise ValueError("`positions` has no use without `rope_theta`.")
+    deterministic = self._deterministic(deterministic)
+
+    # One batch axis inside, any number outside.
+    batch_shape = inputs_q.shape[:-2]
+    length = inputs_q.shape[-2]
+
+    def flat(array: Array | None, trailing: int) -> Array | None:
+      if array is None:
+        return None
+      return array.reshape(-1, *array.shape[array.ndim - trailing :])
+
+    x = flat(inputs_q, 2)
+    assert x is not None
+    if mask is not None:
+      mask = jnp.broadcast_to(mask, (*batch_shape, *mask.shape[-3:])).reshape(
+        -1, *mask.shape[-3:]
+      )
+    token_mask = flat(token_mask, 1)
+    segment_ids = flat(segment_ids, 1)
+    k = flat(self.key(inputs_k), 3)
+    v = flat(self.value(inputs_v), 3)
+    assert k is not None and v is not None
+    if self.key_ln is not None:
+      k = self.key_ln(k)
+
+    q_offset: Array | int = 0
+    if decode:
+      q_offset = self._cache_index(k)
+    q_positions = flat(positions, 1)
+    if q_positions is None:
+      q_positions = jnp.broadcast_to(
+        jnp.arange(length, dtype=jnp.int32) + q_offset, x.shape[:2]
+      )
+    if self.rope_theta is not None:
+      k_positions = q_positions
+      if not self_attention:
+        k_positions = jnp.broadcast_to(
+          jnp.arange(k.shape[1], dtype=jnp.int32), k.shape[:2]
+        )
+      k = apply_rope(k, k_positions, theta=self.rope_theta)
+    if decode:
+      k, v = self._update_cache(k, v)
+      is_causal = True
+    kv_segment_ids = segment_ids
+    if token_mask is not None and self_attention and not decode:
+      # Real tokens never see padding: it is a segment of its own.
+      own = jnp.ones(x.shape[:2], jnp.int32)
+      own = own if segment_ids is None else segment_ids
+      segment_ids = own
+      kv_segment_ids = jnp.where(token_mask, own, jnp.iinfo(jnp.int32).min)
+
+    out = self._attend(
+      x,
+      k,
+      v,
+      mask=mask,
+      is_causal=is_causal,
+      q_offset=q_offset,
+      q_positions=q_positions,
+      token_mask=token_mask,
+      q_segment_ids=segment_ids,
+      kv_segment_ids=kv_segment_ids,
+      deterministic=deterministic,
+      rngs=rngs,
+      sow_weights=sow_weights,
+    )
+    if self.out.bias is not None:
+      out = out + self.out.bias[...].astype(out.dtype)
+    return out.reshape(*batch_shape, length, self.out_features)
+
+  def init_cache(
+    self, input_shape: tuple[int, ...], dtype: Any = jnp.float32
+  ) -> None:
+    """Creates an empty cache, as `nnx.MultiHeadAttention.init_cache`.
+
+    Args:
+      input_shape: Shape of the inputs of the longest sequence,
+        (*batch, max length, features).
+      dtype: Of the cached keys and values.
+    """
+    size = 1
+    for axis in input_shape[:-2]:
+      size *= axis
+    shape = (size, input_shape[-2], self.num_kv_heads, self.head_dim)
+    self.cached_key = nnx.Cache(jnp.zeros(shape, dtype))
+    self.cached_value = nnx.Cache(jnp.zeros(shape, dtype))
+    self.cache_index = nnx.Cache(jnp.zeros((), jnp.int32))
+
+  def _deterministic(self, deterministic: bool | None) -> bool:
+    if deterministic is None:
+      deterministic = self.deterministic
+    if deterministic is None:
+      if self.dropout_rate > 0:
+        raise ValueError(
+          "`deterministic` must be given, to the call or the constructor, "
+          "because `dropout_rate` > 0."
+        )
+      deterministic = False
+    return deterministic
+
+  def _attend(
+    self,
+    x: Float[Array, "B T D"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    *,
+    q_positions: Int[Array, "B T"],
+    token_mask: Bool[Array, "B T"] | None,
+    deterministic: bool,
+    rngs: nnx.Rngs | nnx.RngStream | None,
+    sow_weights: bool,
+    **visibility: Any,
+  ) -> Float[Array, "B T Dout"]:
+    """Routes, then attends; without the output bias."""
+    dropout = self.dropout_rate > 0 and not deterministic
+    weights_fn = None
+    if dropout or sow_weights:
+      key = self._dropout_key(rngs) if dropout else None
+
+      def weights_fn(weights: Array) -> Array:
+        if sow_weights:
+          self.sow(nnx.Intermediate, "attention_weights", weights)
+        return weights if key is None else self._drop(weights, key)
+
+    execution = self._execution(
+      x.shape[1], needs_weights=dropout or sow_weights
+    )
+    by_norm = self.moh is not None and self.moh.router == "query_norm"
+    kernels: dict[str, Any]
+    if execution == "dispatch" and not by_norm and self.query_ln is None:
+      kernels = {
+        "w_q": self.query.kernel[...],
+        "b_q": None if self.query.bias is None else self.query.bias[...],
+        "w_o": self.out.kernel[...],
+      }
+      x_in, *kernels_in = nnx.nn.dtypes.promote_dtype(
+        (x, *kernels.values()), dtype=self.dtype
+      )
+      kernels = dict(zip(kernels, kernels_in, strict=True))
+      kernels["rope_theta"] = self.rope_theta
+      q = None
+    else:
+      q = self.query(x)
+      if self.query_ln is not None:
+        q = self.query_ln(q)
+      x_in, w_o = nnx.nn.dtypes.promote_dtype(
+        (x, self.out.kernel[...]), dtype=self.dtype
+      )
+      kernels = {"w_o": w_o}
+    routing = self._route(x, q, token_mask)
+    if q is not None:
+      if self.rope_theta is not None:
+        q = apply_rope(q, q_positions, theta=self.rope_theta)
+      kernels["q"] = q
+    self._report(routing, token_mask, deterministic)
+    if sow_weights and routing is not None:
+      self.sow(nnx.Intermediate, "gates", routing.gates)
+    return moh_attention(
+      x_in,
+      k,
+      v,
+      routing=routing,
+      num_active=self.num_heads if self.moh is None else self.moh.num_active,
+      q_positions=q_positions,
+      weights_fn=weights_fn,
+      execution=execution,
+      implementation=self.implementation,
+      **kernels,
+      **visibility,
+    )
+
+  def _execution(self, length: int, *, needs_weights: bool) -> Execution:
+    unselected_heads_learn = (
+      self.moh is not None
+      and self.moh.router == "query_norm"
+      and self.moh.straight_through == "dense"
+    )
+    if needs_weights or unselected_heads_learn:
+      return "dense"
+    if self.execution is None:
+      return choose_execution(length)
+    return self.execution
+
+  def _route(
+    self,
+    x: Float[Array, "B T D"],
+    q: Float[Array, "B T N H"] | None,
+    token_mask: Bool[Array, "B T"] | None,
+  ) -> Routing | None:
+    if self.moh is None:
+      if token_mask is None:
+        return None
+      mask = jnp.broadcast_to(
+        token_mask[..., None], (*x.shape[:2], self.num_heads)
+      )
+      return Routing(
+        mask, mask.astype(jnp.float32), jnp.zeros((*x.shape[:2], 0))
+      )
+    if self.moh.router == "query_norm":
+      assert q is not None
+      return route_by_query_norm(q, self.moh, token_mask=token_mask)
+    params = RouterParams(
+      *(
+        None if param is None else param[...]
+        for param in (self.router_routed, self.router_kind, self.router_shared)
+      )
+    )
+    return route(x, params, self.moh, token_mask=token_mask)
+
+  def _report(
+    self,
+    routing: Routing | None,
+    token_mask: Bool[Array, "B T"] | None,
+    deterministic: bool,
+  ) -> None:
+    """Writes the load-balance loss and the head load."""
+    if self.moh is None or routing is None:
+      return
+    assert self.head_load is not None
+    weight = (
+      jnp.ones(routing.mask.shape[:2], jnp.float32)
+      if token_mask is None
+      else token_mask.astype(jnp.float32)
+    )
+    load = jnp.einsum("bt,btn->n", weight, routing.mask.astype(jnp.float32))
+    self.head_load[...] = load / jnp.maximum(weight.sum(), 1.0)
+    if self.aux_loss is not None:
+      self.aux_loss[...] = (
+        jnp.zeros((), jnp.float32)
+        if deterministic
+        else load_balance_loss(
+          routing.probs,
+          routing.mask[..., self.moh.num_shared :],
+          token_mask=token_mask,
+        )
+      )
+
+  def _dropout_key(self, rngs: nnx.Rngs | nnx.RngStream | None) -> Array:
+    if rngs is None:
+      rngs = self.rngs
+    elif isinstance(rngs, nnx.Rngs):
+      rngs = rngs.dropout
+    if rngs is None:
+      raise ValueError(
+        "`rngs` must be given to the call: the module was made with "
+        "`keep_rngs=False`."
+      )
+    return rngs()
+
+  def _drop(self, weights: Array, key: Array) -> Array:
+    shape = weights.shape
+    if self.broadcast_dropout:
+      shape = (1, 1, *weights.shape[-2:])
+    keep = jax.random.bernoulli(key, 1.0 - self.dropout_rate, shape)
+    return jnp.where(keep, weights / (1.0 - self.dropout_rate), 0.0)
+
+  def _cache_index(self, k: Float[Array, "B T K H"]) -> Int[Array, ""]:
+    """Tokens in the cache so far."""
+    if self.cached_key is None or self.cache_index is None:
+      raise ValueError("The cache is not there: call `init_cache` first.")
+    batch, max_length, kv_heads, head_dim = self.cached_key.shape
+    expected = (batch, kv_heads, head_dim)
+    got = (k.shape[0], k.shape[2], k.shape[3])
+    if got != expected or k.shape[1] > max_length:
+      raise ValueError(
+        f"`inputs_q` does not fit the cache: keys are {k.shape}, the cache is "
+        f"{self.cached_key.shape}."
+      )
+    return self.cache_index[...]
+
+  def _update_cache(
+    self, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"]
+  ) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]]:
+    """Writes new keys and values; returns the whole cache."""
+    assert self.cached_key is not None
+    assert self.cached_value is not None
+    assert self.cache_index is not None
+    index = self.cache_index[...]
+    start = (jnp.zeros_like(index), index, 0, 0)
+    cached = []
+    for cache, new in ((self.cached_key, k), (self.cached_value, v)):
+      value = cache[...]
+      value = jax.lax.dynamic_update_slice(
+        value, new.astype(value.dtype), start
+      )
+      cache[...] = value
+      cached.append(value.astype(new.dtype))
+    self.cache_index[...] = index + k.shape[1]
+    return cached[0], cached[1]

@@ -1,0 +1,142 @@
+"""What a finished run leaves behind: figures, a sample, its final figures."""
+
+import itertools
+import statistics
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxheads.data import Tokenizer
+from jaxheads.models import DecoderLM, ModelConfig, generate
+from jaxheads.training import figures
+from jaxheads.training.config import EvaluationOptions, TrainConfig
+from jaxheads.training.evaluation import Evaluator, head_load
+from jaxheads.training.metrics import read_metrics
+from jaxheads.training.run_folder import RunFolder, write_json
+
+# Enough tokens for a smooth map; the figure must not take long.
+_LOAD_BATCHES = 8
+
+
+def label(model_config: ModelConfig) -> str:
+  """What tables and figures call a model: "MoH 75 %" or "dense"."""
+  if not any(model_config.head_plans):
+    return "dense"
+  share = 100 * model_config.active_heads / model_config.total_heads
+  return f"MoH {share:.3g} %"
+
+
+def write_all(
+  run: RunFolder,
+  model: nnx.Module,
+  config: TrainConfig,
+  model_config: ModelConfig,
+  evaluator: Evaluator,
+  tokenizer: Tokenizer,
+) -> dict[str, Any]:
+  """Figures, sample and summary.json; returns what is in the last."""
+  draw_losses(run)
+  if hasattr(model, "head_activity"):
+    draw_head_load(run, model, model_config, evaluator, tokenizer)
+  if isinstance(model, DecoderLM):
+    write_sample(run, model, tokenizer, config.evaluation, seed=config.seed)
+  summary = summarise(run, model_config, seq_len=config.seq_len)
+  write_json(run.summary_file, summary)
+  return summary
+
+
+def draw_losses(run: RunFolder) -> None:
+  """figures/loss.png, with the dense run's curves if there is one."""
+  runs = {}
+  for folder in (run, run.baseline):
+    if folder.metrics_file.exists() and folder.holds_run:
+      _, model_config = folder.read_config()
+      runs[label(model_config)] = read_metrics(folder.metrics_file)
+  figures.plot_losses(runs, run.figures / "loss.png")
+
+
+def draw_head_load(
+  run: RunFolder,
+  model: nnx.Module,
+  model_config: ModelConfig,
+  evaluator: Evaluator,
+  tokenizer: Tokenizer,
+) -> bool:
+  """figures/head_load.png; False where no head is routed."""
+  plans = model_config.head_plans
+  if not any(plan is not None and plan.routes for plan in plans):
+    return False
+  batches = list(itertools.islice(evaluator.batches(), _LOAD_BATCHES))
+  load, names = head_load(model, batches, tokenizer)
+  figures.plot_head_load(
+    load,
+    names,
+    run.figures / "head_load.png",
+    num_shared=[
+      model_config.num_heads if plan is None else plan.num_shared
+      for plan in plans
+    ],
+  )
+  return True
+
+
+def write_sample(
+  run: RunFolder,
+  model: DecoderLM,
+  tokenizer: Tokenizer,
+  options: EvaluationOptions,
+  *,
+  seed: int,
+) -> str:
+  """sample.txt: the prompt and how the model continues it."""
+  prompt = tokenizer.encode(options.prompt)
+  room = model.config.max_seq_len - len(prompt)
+  num_tokens = min(options.sample_tokens, room)
+  if not len(prompt) or num_tokens < 1:
+    return ""
+  tokens = [
+    int(token[0])
+    for token in generate(
+      model,
+      jnp.asarray(prompt)[None],
+      max_new_tokens=num_tokens,
+      temperature=0.8,
+      top_p=0.95,
+      key=jax.random.key(seed),
+      stop_token=tokenizer.eot,
+    )
+  ]
+  text = options.prompt + tokenizer.decode(tokens)
+  run.sample_file.write_text(text + "\n", encoding="utf-8")
+  return text
+
+
+def summarise(
+  run: RunFolder, model_config: ModelConfig, *, seq_len: int
+) -> dict[str, Any]:
+  """The final figures of a run, from its metrics and its config."""
+  records = read_metrics(run.metrics_file)
+  validations = [record for record in records if "validation_loss" in record]
+  losses = [record for record in records if "loss" in record]
+  rates = [
+    record["tokens_per_s"] for record in losses if record["tokens_per_s"] > 0
+  ]
+  best = min(validations, key=lambda record: record["validation_loss"])
+  return {
+    "label": label(model_config),
+    "steps": validations[-1]["step"],
+    "train_loss": losses[-1]["loss"],
+    "validation_loss": validations[-1]["validation_loss"],
+    "validation_bits_per_byte": validations[-1]["validation_bits_per_byte"],
+    "best_step": best["step"],
+    "best_validation_loss": best["validation_loss"],
+    "num_params": model_config.num_params,
+    "active_heads_fraction": (
+      model_config.active_heads / model_config.total_heads
+    ),
+    "flops_per_token": model_config.flops_per_token(seq_len),
+    # The median leaves compilation and pauses out.
+    "tokens_per_s": statistics.median(rates) if rates else 0.0,
+  }

@@ -1,0 +1,558 @@
+"""Checkpoints: the one file that knows Orbax.
+
+A step is written in the background and appears under its final name only when
+whole. With it goes a manifest with the checksum of every file, because storage
+that returns other bytes than were written must be noticed: what fails the
+check is never loaded, the newest older step is.
+"""
+
+import contextlib
+import dataclasses
+import errno
+import json
+import logging
+import os
+import pathlib
+import shutil
+import sys
+import threading
+import zlib
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from flax import nnx
+
+from jaxheads.data import load_tokenizer
+from jaxheads.errors import UserError
+from jaxheads.models import DecoderLM, ModelConfig
+from jaxheads.training.run_folder import RunFolder, write_json
+from jaxheads.training.step import TrainState
+
+_ARRAYS = ("params", "rest", "opt_state")
+_ITEMS = (*_ARRAYS, "record")
+_MANIFEST = "manifest.json"
+_TMP_SUFFIX = ".orbax-checkpoint-tmp"
+
+
+class BadCheckpoint(Exception):
+  """One saved step cannot be used; the message says why, in a few words."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Restored:
+  """One saved step, read back.
+
+  Attributes:
+    state: The training state as it was after `step` steps.
+    record: What `save` was given besides the arrays.
+  """
+
+  step: int
+  state: TrainState
+  record: dict[str, Any]
+
+
+class Checkpointer:
+  """Writes the steps of one run.
+
+  Args:
+    directory: Made if missing. Remains of interrupted saves are removed.
+    keep: Newest steps to keep; the one of lowest validation loss stays too.
+  """
+
+  def __init__(self, directory: pathlib.Path, *, keep: int) -> None:
+    self._directory = directory.absolute()
+    self._keep = keep
+    self._pending: tuple[int, float | None] | None = None
+    self._failed = False
+    with _storage_errors(self._directory):
+      self._directory.mkdir(parents=True, exist_ok=True)
+      self._remove_partial()
+      self._manager = ocp.CheckpointManager(
+        self._directory,
+        item_names=_ITEMS,
+        options=ocp.CheckpointManagerOptions(
+          async_options=ocp.AsyncOptions(
+            post_finalization_callback=self._write_manifest
+          ),
+        ),
+      )
+
+  def save(
+    self,
+    step: int,
+    state: TrainState,
+    *,
+    record: dict[str, Any],
+    validation_loss: float | None = None,
+  ) -> None:
+    """Starts to save; returns once the arrays are copied from the devices.
+
+    Args:
+      step: Steps done; no step is saved twice.
+      state: May be donated as soon as this returns.
+      record: JSON-able: the data position, the model config and the like.
+      validation_loss: Ranks the step; None keeps it only while it is new.
+    Raises:
+      UserError: This save or the one before it could not be written. Steps
+        saved earlier are intact.
+    """
+    self.wait()
+    self._pending = (step, validation_loss)
+    arrays = {
+      name: ocp.args.PyTreeSave(flat)
+      for name in _ARRAYS
+      if (flat := _flatten(getattr(state, name)))  # Orbax takes no empty item.
+    }
+    with self._note_failure():
+      self._manager.save(
+        step,
+        args=ocp.args.Composite(record=ocp.args.JsonSave(record), **arrays),
+        force=True,
+      )
+
+  def wait(self) -> None:
+    """Returns when the last save is on disk, and removes what is superseded."""
+    with self._note_failure():
+      self._manager.wait_until_finished()
+      if self._pending is not None:
+        self._pending = None
+        for step in _superseded(self._directory, self._keep):
+          self._manager.delete(step)
+
+  def close(self) -> None:
+    """Waits, then ends the background threads."""
+    try:
+      self.wait()
+    finally:
+      try:
+        self._manager.close()
+      except Exception:
+        if not self._failed:
+          raise  # A failed save was told already; Orbax repeats it here.
+      if self._failed:
+        self._remove_partial()
+
+  def _remove_partial(self) -> None:
+    """Saves that were cut short are of no use, but take up room."""
+    if jax.process_index() == 0:
+      for partial in self._directory.glob(f"*{_TMP_SUFFIX}"):
+        shutil.rmtree(partial, ignore_errors=True)
+
+  @contextlib.contextmanager
+  def _note_failure(self) -> Iterator[None]:
+    try:
+      with _storage_errors(self._directory):
+        yield
+    except BaseException:
+      self._failed = True
+      self._pending = None
+      raise
+
+  def _write_manifest(self) -> None:
+    """Runs in the saving thread when all is written, before the rename."""
+    if self._pending is None or jax.process_index() != 0:
+      return
+    step, validation_loss = self._pending
+    folder = self._directory / f"{step}{_TMP_SUFFIX}"
+    files = {
+      str(file.relative_to(folder)): _checksum(file)
+      for item in _ITEMS
+      for file in sorted((folder / item).rglob("*"))
+      if file.is_file()
+    }
+    write_json(
+      folder / _MANIFEST,
+      {"step": step, "validation_loss": validation_loss, "files": files},
+    )
+
+
+def saved_steps(directory: pathlib.Path) -> list[int]:
+  """Steps that were saved whole, oldest first."""
+  if not directory.is_dir():
+    return []
+  return sorted(
+    int(path.name)
+    for path in directory.iterdir()
+    if path.name.isdigit() and path.is_dir()
+  )
+
+
+def best_step(directory: pathlib.Path) -> int | None:
+  """The saved step of lowest validation loss, if any was validated."""
+  ranked = [
+    (manifest["validation_loss"], step)
+    for step in saved_steps(directory)
+    if (manifest := _read_manifest(directory / str(step))) is not None
+    and manifest.get("validation_loss") is not None
+  ]
+  return min(ranked)[1] if ranked else None
+
+
+def restore_newest(
+  directory: pathlib.Path,
+  like: TrainState,
+  *,
+  model_config: ModelConfig,
+  say: Callable[[str], None],
+) -> Restored | None:
+  """The newest step that can be read; None if nothing was ever saved.
+
+  Steps that cannot be read are told to `say` and moved to `damaged/` beside
+  `directory`, so that training can write them anew.
+
+  Args:
+    like: Shapes, dtypes and shardings to restore to.
+    model_config: The model that `like` belongs to.
+  Raises:
+    UserError: Steps were saved and none can be read, or they belong to another
+      model.
+  """
+  directory = directory.absolute()
+  bad: list[tuple[int, str]] = []
+  for step in reversed(saved_steps(directory)):
+    try:
+      restored = _restore(directory / str(step), like, model_config)
+    except BadCheckpoint as error:
+      bad.append((step, str(error)))
+      continue
+    for bad_step, reason in bad:
+      say(
+        f"checkpoint {bad_step} cannot be used ({reason}); it was moved to "
+        f"{directory.parent / 'damaged'}, continuing from step {step}"
+      )
+      _set_aside(directory / str(bad_step))
+    return restored
+  if bad:
+    raise UserError(
+      f"none of the checkpoints in {directory} can be used (step {bad[0][0]}: "
+      f"{bad[0][1]}); start a new run with another `--out`"
+    )
+  return None
+
+
+def restore_model(
+  run_dir: str | pathlib.Path,
+  *,
+  step: int | Literal["best"] | None = None,
+  say: Callable[[str], None] = print,
+) -> tuple[DecoderLM, ModelConfig, Any, int]:
+  """The trained model of a run, for sampling and serving.
+
+  Args:
+    run_dir: Folder of a run, with config.json and checkpoints/.
+    step: A saved step, or "best" for the one of lowest validation loss. None
+      takes the newest that can be read.
+    say: Told, in one line each, about steps that had to be skipped.
+  Returns:
+    The model on the default device, its config, the tokenizer it was trained
+    with, and the step.
+  Raises:
+    UserError: There is no run or no checkpoint, or the one asked for is
+      missing or damaged.
+  """
+  run = RunFolder(pathlib.Path(run_dir))
+  if not run.path.is_dir():
+    raise UserError(f"there is no folder {str(run.path)!r}")
+  train_config, model_config = run.read_config()
+  directory = run.checkpoints.absolute()
+  steps = saved_steps(directory)
+  if not steps:
+    raise UserError(
+      f"{str(run.path)!r} holds no checkpoint yet; train it further with "
+      f"`--resume {run.path}`"
+    )
+  if step == "best":
+    step = best_step(directory)
+  if step is None:
+    candidates = steps[::-1]
+  elif step in steps:
+    candidates = [step]
+  else:
+    raise UserError(
+      f"`step` must be one of the saved steps {', '.join(map(str, steps))}, "
+      f"got {step}"
+    )
+  tokenizer = load_tokenizer(train_config.tokenizer)
+  parts: Any = nnx.split(
+    nnx.eval_shape(lambda: DecoderLM(model_config, rngs=nnx.Rngs(0))),
+    nnx.Param,
+    ...,
+  )
+  graphdef, params, rest = parts
+  sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  like = {
+    "params": _place(nnx.to_pure_dict(params), sharding),
+    "rest": _place(nnx.to_pure_dict(rest), sharding),
+  }
+  reason = ""
+  for candidate in candidates:
+    folder = directory / str(candidate)
+    try:
+      _check_files(folder)
+      _check_model(folder, model_config)
+      arrays = {
+        name: _restore_arrays(folder, name, tree) for name, tree in like.items()
+      }
+    except BadCheckpoint as error:
+      reason = reason or f"step {candidate}: {error}"
+      if candidate != candidates[-1]:
+        say(f"checkpoint {candidate} cannot be used ({error}); trying an older")
+      continue
+    model = nnx.merge(graphdef, arrays["params"], arrays["rest"])
+    return model, model_config, tokenizer, candidate
+  raise UserError(
+    f"no checkpoint in {directory} can be used ({reason}); choose another of "
+    f"the steps {', '.join(map(str, steps))}, or train again"
+  )
+
+
+def _restore(
+  folder: pathlib.Path, like: TrainState, model_config: ModelConfig
+) -> Restored:
+  _check_files(folder)
+  record = _check_model(folder, model_config)
+  arrays = {
+    name: _restore_arrays(folder, name, getattr(like, name)) for name in _ARRAYS
+  }
+  step = int(folder.name)
+  counter = jax.device_put(
+    jnp.asarray(step, like.step.dtype), like.step.sharding
+  )
+  return Restored(
+    step=step, state=TrainState(step=counter, **arrays), record=record
+  )
+
+
+def _check_files(folder: pathlib.Path) -> None:
+  """`BadCheckpoint` unless every file has the bytes that were written."""
+  manifest = _read_manifest(folder)
+  if manifest is None:
+    raise BadCheckpoint(f"{_MANIFEST} is missing or damaged")
+  for name, expected in manifest["files"].items():
+    try:
+      found = _checksum(folder / name)
+    except FileNotFoundError:
+      raise BadCheckpoint(f"{name} is missing") from None
+    except OSError as error:
+      raise BadCheckpoint(f"{name}: {error.strerror}") from None
+    if found != expected:
+      kind = "truncated" if found["bytes"] < expected["bytes"] else "damaged"
+      raise BadCheckpoint(f"{name} is {kind}")
+
+
+def _check_model(
+  folder: pathlib.Path, model_config: ModelConfig
+) -> dict[str, Any]:
+  """The record; `UserError` if it is of another model than `model_config`."""
+  try:
+    record = ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(
+      folder / "record"
+    )
+    saved = record["model"]
+  except Exception as error:
+    raise BadCheckpoint(_one_line(error)) from error
+  expected = json.loads(json.dumps(model_config.to_dict()))
+  # How a model is computed may change between runs, what it is may not.
+  free = {"execution", "implementation", "remat", "dtype"}
+  differing = [
+    f"`{name}` is {saved.get(name)} there and {value} here"
+    for name, value in expected.items()
+    if name not in free and saved.get(name) != value
+  ]
+  if differing:
+    raise UserError(
+      f"the checkpoint {folder} is of another model: {'; '.join(differing)}; "
+      "resume without model flags, or start a new run"
+    )
+  return record
+
+
+def _restore_arrays(folder: pathlib.Path, name: str, like: Any) -> Any:
+  """The tree saved as item `name`, with the structure and shardings of `like`.
+
+  Raises:
+    BadCheckpoint: It cannot be read, or holds other arrays than `like`.
+  """
+  flat = _flatten(like)
+  if not flat and not (folder / name).exists():
+    return like
+  handler = ocp.PyTreeCheckpointer()
+  try:
+    saved = handler.metadata(folder / name).item_metadata.tree
+    if set(saved) != set(flat):
+      other = sorted(set(saved) ^ set(flat))[0]
+      raise BadCheckpoint(f"{name} holds other arrays, for example {other!r}")
+    for key, array in flat.items():
+      if tuple(saved[key].shape) != tuple(array.shape):
+        raise BadCheckpoint(
+          f"{name} {key!r} has shape {tuple(saved[key].shape)}, expected "
+          f"{tuple(array.shape)}"
+        )
+    arrays = handler.restore(
+      folder / name,
+      args=ocp.args.PyTreeRestore(
+        item=flat,
+        restore_args={
+          key: ocp.ArrayRestoreArgs(
+            sharding=array.sharding,
+            dtype=array.dtype,
+            global_shape=array.shape,
+          )
+          for key, array in flat.items()
+        },
+      ),
+    )
+  except BadCheckpoint:
+    raise
+  except Exception as error:
+    raise BadCheckpoint(_one_line(error)) from error
+  return _unflatten(like, arrays)
+
+
+def _flatten(tree: Any) -> dict[str, Any]:
+  """Path to array; random keys as their raw data, which can be stored."""
+  leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+  return {
+    jax.tree_util.keystr(path, simple=True, separator="/"): _raw(leaf)
+    for path, leaf in leaves
+  }
+
+
+def _unflatten(like: Any, flat: dict[str, Any]) -> Any:
+  leaves, treedef = jax.tree_util.tree_flatten_with_path(like)
+  arrays = []
+  for path, leaf in leaves:
+    array = flat[jax.tree_util.keystr(path, simple=True, separator="/")]
+    if _is_key(leaf):
+      impl = jax.random.key_impl(leaf) if isinstance(leaf, jax.Array) else None
+      array = jax.random.wrap_key_data(array, impl=impl)
+    arrays.append(array)
+  return jax.tree_util.tree_unflatten(treedef, arrays)
+
+
+def _is_key(leaf: Any) -> bool:
+  return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _raw(leaf: Any) -> Any:
+  if not _is_key(leaf):
+    return leaf
+  if isinstance(leaf, jax.Array):
+    return jax.random.key_data(leaf)
+  raw = jax.eval_shape(jax.random.key_data, leaf)
+  return jax.ShapeDtypeStruct(raw.shape, raw.dtype, sharding=leaf.sharding)
+
+
+def _place(tree: Any, sharding: jax.sharding.Sharding) -> Any:
+  return jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree
+  )
+
+
+def _superseded(directory: pathlib.Path, keep: int) -> list[int]:
+  steps = saved_steps(directory)
+  kept = {*steps[-keep:], best_step(directory)}
+  return [step for step in steps if step not in kept]
+
+
+def _set_aside(folder: pathlib.Path) -> None:
+  """Moves a bad step away; it may still be worth a look."""
+  if jax.process_index() != 0:
+    return
+  target = folder.parent.parent / "damaged" / folder.name
+  with _storage_errors(folder):
+    shutil.rmtree(target, ignore_errors=True)
+    target.parent.mkdir(exist_ok=True)
+    os.replace(folder, target)
+
+
+def _read_manifest(folder: pathlib.Path) -> dict[str, Any] | None:
+  try:
+    manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
+  except (OSError, ValueError):
+    return None
+  usable = isinstance(manifest, dict) and isinstance(
+    manifest.get("files"), dict
+  )
+  return manifest if usable else None
+
+
+def _checksum(path: pathlib.Path) -> dict[str, int]:
+  crc = size = 0
+  with path.open("rb") as file:
+    while block := file.read(1 << 20):
+      crc = zlib.crc32(block, crc)
+      size += len(block)
+  return {"bytes": size, "crc32": crc}
+
+
+def _one_line(error: BaseException) -> str:
+  text = " ".join(str(error).split()) or type(error).__name__
+  return text if len(text) <= 160 else f"{text[:157]}..."
+
+
+@contextlib.contextmanager
+def _storage_errors(path: pathlib.Path) -> Iterator[None]:
+  """Turns a full disk or a forbidden folder into a `UserError`."""
+  try:
+    yield
+  except Exception as error:
+    reason = storage_reason(error)
+    if reason is None:
+      raise
+    raise UserError(
+      f"the checkpoint could not be written to {path}: {reason}; earlier "
+      "checkpoints are intact: make room, then continue with `--resume`"
+    ) from error
+
+
+_REASONS = {
+  errno.ENOSPC: "no space left on the disk",
+  errno.EDQUOT: "the disk quota is used up",
+  errno.EFBIG: "the file size limit is reached",
+  errno.EROFS: "the disk is read-only",
+  errno.EACCES: "permission denied",
+  errno.EPERM: "permission denied",
+  errno.EIO: "the disk reports an error",
+}
+
+
+def storage_reason(error: BaseException | None) -> str | None:
+  """What storage did wrong, if `error` or one of its causes says so."""
+  seen: set[int] = set()
+  while error is not None and id(error) not in seen:
+    seen.add(id(error))
+    if isinstance(error, OSError) and error.errno in _REASONS:
+      return _REASONS[error.errno]
+    # TensorStore raises ValueError with the system's words in its text.
+    for number, reason in _REASONS.items():
+      if os.strerror(number) in str(error):
+        return reason
+    error = error.__cause__ or error.__context__
+  return None
+
+
+def quiet_storage() -> None:
+  """For scripts: storage errors reach the user once, in our words.
+
+  Orbax and its threads also print each of them, with tracebacks, some of them
+  after the error was told. For the rest of the process.
+  """
+  for name in ("absl", "asyncio"):
+    logging.getLogger(name).setLevel(logging.CRITICAL)
+  thread_hook, lost_hook = threading.excepthook, sys.unraisablehook
+
+  def in_thread(args: threading.ExceptHookArgs) -> None:
+    if storage_reason(args.exc_value) is None:
+      thread_hook(args)
+
+  def in_storage(args: Any) -> None:
+    # Late answers of TensorStore to a save that has failed already.
+    if "Event loop is closed" not in str(args.exc_value):
+      lost_hook(args)
+
+  threading.excepthook, sys.unraisablehook = in_thread, in_storage

@@ -1,0 +1,190 @@
+"""From `sys.argv` to a checked run: presets, config files, then flags."""
+
+import argparse
+import contextlib
+import dataclasses
+import io
+import pathlib
+import re
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import tyro
+
+from jaxheads.errors import UserError
+from jaxheads.training import configfile, presets, run_folder
+from jaxheads.training.config import TrainConfig
+from jaxheads.training.run_folder import RunFolder
+
+_NEWEST = "newest"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Command:
+  """What one call asks for: a config, and where it runs.
+
+  Flags override the config file, which overrides the preset. A resumed run
+  starts from its own config instead.
+  """
+
+  preset: str = "tiny"
+  """Defaults to start from: tiny, smoke, llm-s or llm-b."""
+  config: str | None = None
+  """YAML or JSON file of defaults; its keys are the flags below."""
+  out: str | None = None
+  """Folder of the run. Default: runs/train_moh-<date>-<time>."""
+  resume: str | None = None
+  """Continue a run exactly: the newest one, or the one in the folder named."""
+  compile_cache: str | None = None
+  """Folder in which compiled programs are kept for the next start."""
+  train: Annotated[TrainConfig, tyro.conf.arg(name="")] = dataclasses.field(
+    default_factory=TrainConfig
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+  """A checked command.
+
+  Attributes:
+    config: The run's config, all defaults resolved.
+    run: Its folder; made already if `resume`.
+    resume: Whether to continue what the folder holds.
+    compile_cache: Folder for compiled programs, or None.
+  """
+
+  config: TrainConfig
+  run: RunFolder
+  resume: bool
+  compile_cache: str | None
+
+
+def parse(
+  argv: Sequence[str] | None = None, *, prog: str = "train_moh.py"
+) -> Request:
+  """The request that the arguments make.
+
+  Args:
+    argv: Without the program's name; None takes `sys.argv`.
+    prog: What the help calls the program.
+  Raises:
+    UserError: A flag, key or value that is not known or does not fit.
+    SystemExit: After `--help`.
+  """
+  argv = _name_newest(list(sys.argv[1:] if argv is None else argv))
+  first = _first_phase(argv)
+  run = None
+  if first.resume is not None:
+    if first.preset is not None or first.config is not None:
+      raise UserError(
+        "`--resume` continues a run under its own config: leave out "
+        "`--preset` and `--config`"
+      )
+    run = _resumed(first.resume, first.out)
+    defaults, _ = run.read_config()
+  else:
+    defaults = _defaults(first)
+  command = _second_phase(argv, defaults, prog)
+  if run is None:
+    path = command.out or run_folder.default_path()
+    run = RunFolder(pathlib.Path(path))
+    if run.holds_run:
+      raise UserError(
+        f"`--out` {command.out!r} already holds a run; continue it with "
+        f"`--resume {command.out}`, or choose another folder"
+      )
+  return Request(
+    config=command.train,
+    run=run,
+    resume=first.resume is not None,
+    compile_cache=command.compile_cache,
+  )
+
+
+def _name_newest(argv: list[str]) -> list[str]:
+  """`--resume` without a folder means the newest run."""
+  named = []
+  for index, argument in enumerate(argv):
+    named.append(argument)
+    if argument == "--resume":
+      following = argv[index + 1 : index + 2]
+      if not following or following[0].startswith("-"):
+        named.append(_NEWEST)
+  return named
+
+
+def _first_phase(argv: list[str]) -> argparse.Namespace:
+  """Only what decides the defaults of all other flags."""
+  parser = argparse.ArgumentParser(
+    add_help=False, allow_abbrev=False, exit_on_error=False
+  )
+  for name in ("preset", "config", "resume", "out"):
+    parser.add_argument(f"--{name}")
+  try:
+    return parser.parse_known_args(argv)[0]
+  except argparse.ArgumentError as error:
+    raise UserError(f"`{error.argument_name}` needs a value") from error
+
+
+def _defaults(first: argparse.Namespace) -> TrainConfig:
+  values = {}
+  if first.config is not None:
+    values = configfile.read(first.config)
+  # A file may name its own preset; the flag wins.
+  in_file = values.pop("preset", None)
+  config = presets.get(first.preset or in_file or "tiny")
+  return configfile.override(config, values, where=f"`--config` {first.config}")
+
+
+def _resumed(resume: str, out: str | None) -> RunFolder:
+  if resume == _NEWEST:
+    if out is None:
+      return run_folder.newest()
+    resume = out
+  run = RunFolder(pathlib.Path(resume))
+  if out is not None and pathlib.Path(out) != run.path:
+    raise UserError(
+      f"`--resume` {resume!r} continues in its own folder: leave out `--out`"
+    )
+  if not run.path.is_dir():
+    raise UserError(f"`--resume`: there is no folder {resume!r}")
+  return run
+
+
+def _second_phase(argv: list[str], defaults: TrainConfig, prog: str) -> Command:
+  """All flags, over `defaults`; tyro's complaints become one line."""
+  complaint = io.StringIO()
+  try:
+    with contextlib.redirect_stderr(complaint):
+      return tyro.cli(
+        Command,
+        args=argv,
+        default=Command(train=defaults),
+        prog=prog,
+        description=(
+          "Trains a mixture-of-head language model on whatever JAX sees. "
+          "Flags override --config, which overrides --preset."
+        ),
+      )
+  except SystemExit as exit_:
+    if not exit_.code:
+      raise
+    raise UserError(_first_section(complaint.getvalue(), prog)) from None
+
+
+def _first_section(box: str, prog: str) -> str:
+  """The message in a drawn box of several sections, as one line."""
+  lines = [line.strip("│┃|╭╮╰╯ ").strip() for line in box.splitlines()[1:]]
+  sections: list[list[str]] = [[]]
+  for line in lines:
+    if line and not line.strip("─━-"):
+      sections.append([])
+    elif line:
+      sections[-1].append(line)
+  message = " ".join(sections[0]) or "the flags do not parse"
+  if sections[1:] and sections[1] and "meant" in sections[1][0]:
+    flags = re.findall(r"--[a-z0-9][\w.-]*", " ".join(sections[1]))
+    if flags:
+      message += f", did you mean `{flags[0]}`?"
+  return f"{message.rstrip('.')} (see {prog} --help)"

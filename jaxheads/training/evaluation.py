@@ -1,0 +1,152 @@
+"""Validation: the same batches every time, in the same order."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+from jaxtyping import Float
+
+from jaxheads.data import Corpus, Tokenizer, bits_per_byte, make_loader
+from jaxheads.training import devices
+from jaxheads.training.figures import byte_classes
+from jaxheads.training.step import TrainState, make_eval_step
+
+# One order of the validation text for every run, whatever its seed is, so that
+# losses of different runs can be compared.
+_ORDER_SEED = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+  """Validation loss of one state.
+
+  Attributes:
+    loss: Mean nats per token.
+    bits_per_byte: The same information per byte of text, whatever the
+      tokenizer.
+    num_tokens: Tokens it was measured on.
+  """
+
+  loss: float
+  bits_per_byte: float
+  num_tokens: int
+
+
+class Evaluator:
+  """Validates on a fixed set of batches.
+
+  Args:
+    corpus: Its validation split is used.
+    tokenizer: Counts the bytes of text that tokens stand for.
+    num_batches: How many batches, drawn evenly from the split; 0 takes all.
+  """
+
+  def __init__(
+    self,
+    graphdef: nnx.GraphDef[Any],
+    corpus: Corpus,
+    tokenizer: Tokenizer,
+    *,
+    seq_len: int,
+    batch_size: int,
+    num_batches: int,
+    mesh: Mesh,
+  ) -> None:
+    self._step = make_eval_step(graphdef)
+    self._mesh = mesh
+    self._tokenizer = tokenizer
+    self._num_batches = num_batches
+    self._make_loader = lambda: make_loader(
+      corpus.validation,
+      seq_len=seq_len,
+      batch_size=batch_size,
+      seed=_ORDER_SEED,
+      shuffle=num_batches > 0,
+      num_epochs=1,
+      name="the validation text",
+    )
+    self._make_loader().close()  # Too little text is told before training.
+
+  def __call__(
+    self, state: TrainState, *, should_stop: Callable[[], bool] = lambda: False
+  ) -> Evaluation | None:
+    """The validation loss; None if `should_stop` became true on the way."""
+    sums = []
+    num_bytes = 0
+    for batch in self.batches():
+      if should_stop():
+        return None
+      placed = devices.put_batch(self._mesh, batch)
+      sums.append(self._step(state.params, state.rest, placed))
+      num_bytes += self._tokenizer.num_bytes(batch["targets"][batch["mask"]])
+      if len(sums) > 2:
+        jax.block_until_ready(sums[-3])  # Do not run ahead of the devices.
+    nats = math.fsum(float(total) for total, _ in sums)
+    tokens = sum(int(count) for _, count in sums)
+    # Every process sees only its own rows.
+    num_bytes = int(multihost_utils.process_allgather(num_bytes).sum())
+    return Evaluation(
+      loss=nats / tokens,
+      bits_per_byte=bits_per_byte(nats, max(num_bytes, 1)),
+      num_tokens=tokens,
+    )
+
+  def batches(self) -> Any:
+    """This process's rows of each batch."""
+    loader = self._make_loader()
+    try:
+      for index, batch in enumerate(loader):
+        if self._num_batches and index >= self._num_batches:
+          break
+        yield batch
+    finally:
+      loader.close()
+
+
+def head_load(
+  model: Any,
+  batches: list[Any],
+  tokenizer: Tokenizer,
+) -> tuple[Float[np.ndarray, "layers classes heads"], tuple[str, ...]]:
+  """How often each head answers tokens of each class.
+
+  Args:
+    model: Has `head_activity(tokens) -> Bool[layers, B, T, heads]`.
+    batches: Batches of the loader.
+    tokenizer: A token's class is that of the first byte of its text.
+  Returns:
+    Fractions in [0, 1], NaN for a class without tokens, and the class names.
+  """
+  graphdef, state = nnx.split(model)
+  activity = jax.jit(lambda s, t: nnx.merge(graphdef, s).head_activity(t))
+  totals: Any = 0
+  counts: Any = 0
+  names: tuple[str, ...] = ()
+  for batch in batches:
+    tokens = np.asarray(batch["tokens"])
+    active = np.asarray(activity(state, tokens), np.float64)
+    classes, names = byte_classes(_first_bytes(tokens, tokenizer))
+    # [B, T, classes], zero where the row only fills the batch up.
+    member = np.asarray(classes)[..., None] == np.arange(len(names))
+    member = (member & np.asarray(batch["mask"])[..., None]).astype(np.float64)
+    totals = totals + np.einsum("lbtn,btc->lcn", active, member)
+    counts = counts + member.sum((0, 1))
+  with np.errstate(invalid="ignore"):
+    return totals / np.asarray(counts)[:, None], names
+
+
+def _first_bytes(tokens: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
+  """Each token's first byte; 256, the byte tokenizer's separator, if none."""
+  if tokenizer.name == "bytes":
+    return tokens
+  table = {}
+  for token in np.unique(tokens).tolist():
+    raw = tokenizer.decode([token]).encode("utf-8", errors="replace")
+    table[token] = raw[0] if raw else 256
+  return np.vectorize(table.__getitem__, otypes=[np.int32])(tokens)

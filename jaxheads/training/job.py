@@ -1,0 +1,215 @@
+"""A whole job: one run, its dense baseline if asked for, and what to print."""
+
+import dataclasses
+import sys
+import time
+
+import jax
+
+from jaxheads.data import Corpus, Tokenizer, load_corpus, load_tokenizer
+from jaxheads.errors import UserError
+from jaxheads.models import ModelConfig
+from jaxheads.training import artefacts, console, devices, signals
+from jaxheads.training.checkpoint import quiet_storage, storage_reason
+from jaxheads.training.command_line import Request
+from jaxheads.training.config import TrainConfig
+from jaxheads.training.console import Reporter
+from jaxheads.training.loop import Interrupted, train
+from jaxheads.training.run_folder import RunFolder
+
+
+def run_job(request: Request) -> None:
+  """Does what the request asks for.
+
+  Raises:
+    UserError: A mistake of the user, a full disk, a loss that is not finite.
+    SystemExit: After a signal; status 0 for SIGTERM, 130 for Ctrl-C.
+  """
+  started = time.monotonic()
+  reporter = Reporter()
+  if request.compile_cache is not None:
+    jax.config.update("jax_compilation_cache_dir", request.compile_cache)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+  quiet_storage()
+  signals.exit_on_sigterm()
+  try:
+    _run(request, reporter)
+  except Interrupted as stop:
+    folder = request.run.path
+    what = f"saved at step {stop.step}" if stop.step else "nothing to save yet"
+    reporter.say(f"{stop.signal_name}: {what}; continue with --resume {folder}")
+    sys.exit(0 if stop.signal_name == "SIGTERM" else 130)
+  except OSError as error:
+    reason = storage_reason(error)
+    if reason is None:
+      raise
+    raise UserError(
+      f"{error.filename or request.run.path} could not be written: {reason}; "
+      f"what is saved is intact: continue with `--resume {request.run.path}`"
+    ) from error
+  reporter.say(f"done in {console.clock(time.monotonic() - started)}")
+
+
+def _run(request: Request, reporter: Reporter) -> None:
+  config, run = request.config, request.run
+  tokenizer = load_tokenizer(config.tokenizer)
+  model_config = config.model.build(tokenizer.vocab_size)
+  _check_sizes(config, model_config)
+  reporter.say(f"devices    {devices.describe()}")
+  reporter.say(f"model      {_describe_model(model_config, config.seq_len)}")
+  corpus = load_corpus(
+    config.data,
+    tokenizer=tokenizer,
+    validation_fraction=config.validation_fraction,
+  )
+  reporter.say(f"data       {_describe_corpus(corpus)}")
+  reporter.say(
+    f"training   {config.steps} steps of {config.batch_size} x "
+    f"{config.seq_len} tokens, seed {config.seed}"
+  )
+  reporter.say(f"run folder {run.path}")
+  summaries = [
+    _train_one(
+      config, model_config, run, request.resume, corpus, tokenizer, reporter
+    )
+  ]
+  if config.baseline:
+    summaries.append(
+      _train_one(
+        dataclasses.replace(
+          config,
+          baseline=False,
+          model=dataclasses.replace(config.model, router="none"),
+        ),
+        model_config.dense(),
+        run.baseline,
+        request.resume and run.baseline.holds_run,
+        corpus,
+        tokenizer,
+        reporter,
+      )
+    )
+  if jax.process_index() != 0:
+    return
+  if config.baseline:
+    artefacts.draw_losses(run)  # Now with both curves.
+    reporter.table(
+      console.comparison_table(
+        {summary["label"]: summary for summary in summaries}
+      )
+    )
+  else:
+    reporter.say(
+      f"validation {summaries[0]['validation_loss']:.4f} nats/token, "
+      f"{summaries[0]['validation_bits_per_byte']:.4f} bits/byte"
+    )
+  if run.sample_file.exists():
+    reporter.say("sample")
+    for line in run.sample_file.read_text(encoding="utf-8").splitlines():
+      reporter.say(f"  | {line}")
+  reporter.say("artefacts")
+  for name, path in (
+    ("checkpoints", run.checkpoints),
+    ("metrics", run.metrics_file),
+    ("tensorboard", run.path / "tensorboard"),
+    ("loss curves", run.figures / "loss.png"),
+    ("head load", run.figures / "head_load.png"),
+    ("sample", run.sample_file),
+    ("summary", run.summary_file),
+    ("dense run", run.baseline.path),
+  ):
+    if path.exists():
+      reporter.say(f"  {name:12} {path}")
+
+
+def _train_one(
+  config: TrainConfig,
+  model_config: ModelConfig,
+  run: RunFolder,
+  resume: bool,
+  corpus: Corpus,
+  tokenizer: Tokenizer,
+  reporter: Reporter,
+) -> dict:
+  if jax.process_index() == 0:
+    if not resume:
+      run.create(config, model_config)
+    else:
+      _note_changes(run, config, model_config, reporter)
+  return train(
+    config,
+    model_config,
+    run,
+    corpus=corpus,
+    tokenizer=tokenizer,
+    reporter=reporter,
+    resume=resume,
+  )
+
+
+def _note_changes(
+  run: RunFolder,
+  config: TrainConfig,
+  model_config: ModelConfig,
+  reporter: Reporter,
+) -> None:
+  """Says what a resumed run changes, and records it."""
+  before, model_before = run.read_config()
+  if model_before != model_config:
+    raise UserError(
+      f"{str(run.path)!r} holds a run of another model; resume it without "
+      "model flags, or start a new run"
+    )
+  if before == config:
+    return
+  old, new = _flat(before.to_dict()), _flat(config.to_dict())
+  changes = [
+    f"{name} {old[name]} -> {new[name]}"
+    for name in new
+    if old[name] != new[name]
+  ]
+  reporter.say(f"changed    {', '.join(changes)}")
+  run.record(config, model_config)
+
+
+def _flat(values: dict, prefix: str = "") -> dict:
+  flat = {}
+  for name, value in values.items():
+    if isinstance(value, dict):
+      flat.update(_flat(value, f"{prefix}{name}."))
+    else:
+      flat[f"{prefix}{name}"] = value
+  return flat
+
+
+def _check_sizes(config: TrainConfig, model_config: ModelConfig) -> None:
+  """What can be known before the text is read."""
+  if config.seq_len > model_config.max_seq_len:
+    raise UserError(
+      f"`--seq-len` must be at most the model's `max_seq_len` "
+      f"({model_config.max_seq_len}), got {config.seq_len}; lower it or raise "
+      "`--model.max-seq-len`"
+    )
+  devices.check_batch_size(
+    config.batch_size,
+    devices.data_mesh(),
+    accumulate=config.optimizer.accumulate,
+  )
+
+
+def _describe_model(config: ModelConfig, seq_len: int) -> str:
+  share = 100 * config.active_heads / config.total_heads
+  return (
+    f"{artefacts.label(config)}: {config.num_layers} layers, D "
+    f"{config.embed_dim}, {config.num_heads} heads of {config.head_dim} "
+    f"({config.num_kv_heads} key-value), "
+    f"{console.quantity(config.num_params)} parameters, {share:.1f} % of heads "
+    f"active, {console.quantity(config.flops_per_token(seq_len))} FLOPs/token"
+  )
+
+
+def _describe_corpus(corpus: Corpus) -> str:
+  return (
+    f"{corpus.name}: {corpus.train_bytes / 1e6:.1f} MB to train on, "
+    f"{corpus.validation_bytes / 1e6:.1f} MB to validate on"
+  )

@@ -1,0 +1,33 @@
+"""The language-model loss."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+
+def token_nats(
+  logits: Float[Array, "B T V"], targets: Int[Array, "B T"]
+) -> Float[Array, "B T"]:
+  """Cross-entropy of each target in nats, float32."""
+  logits = logits.astype(jnp.float32)
+  target_logits = jnp.take_along_axis(logits, targets[..., None], axis=-1)
+  return jax.nn.logsumexp(logits, axis=-1) - target_logits[..., 0]
+
+
+def loss_fn(
+  logits: Float[Array, "B T V"],
+  targets: Int[Array, "B T"],
+  token_mask: Bool[Array, "B T"],
+) -> Float[Array, ""]:
+  """Mean cross-entropy over the valid tokens, in nats.
+
+  Args:
+    logits: Scores of the next token; any float dtype, summed in float32.
+    targets: The tokens that did follow, in [0, V).
+    token_mask: True where the target counts.
+
+  Returns:
+    Float32 scalar; 0 where no token counts.
+  """
+  nats = jnp.where(token_mask, token_nats(logits, targets), 0.0)
+  return jnp.sum(nats) / jnp.maximum(jnp.sum(token_mask, dtype=jnp.float32), 1)

@@ -1,0 +1,148 @@
+"""The folder of a run: where everything lies, and who may write there."""
+
+import dataclasses
+import datetime
+import importlib.metadata
+import json
+import os
+import pathlib
+from typing import Any
+
+from jaxheads.errors import UserError
+from jaxheads.models import ModelConfig
+from jaxheads.training import configfile
+from jaxheads.training.config import TrainConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class RunFolder:
+  """Paths of one run.
+
+  ```
+  config.json      the whole TrainConfig and ModelConfig
+  checkpoints/     one folder per saved step, one .crc32.json beside each
+  metrics.jsonl    one record per logged step; tensorboard/ holds the same
+  figures/         loss.png, head_load.png
+  sample.txt  summary.json
+  baseline/        the same again for the dense model, with --baseline
+  ```
+  """
+
+  path: pathlib.Path
+
+  @property
+  def config_file(self) -> pathlib.Path:
+    return self.path / "config.json"
+
+  @property
+  def checkpoints(self) -> pathlib.Path:
+    return self.path / "checkpoints"
+
+  @property
+  def metrics_file(self) -> pathlib.Path:
+    return self.path / "metrics.jsonl"
+
+  @property
+  def figures(self) -> pathlib.Path:
+    return self.path / "figures"
+
+  @property
+  def sample_file(self) -> pathlib.Path:
+    return self.path / "sample.txt"
+
+  @property
+  def summary_file(self) -> pathlib.Path:
+    return self.path / "summary.json"
+
+  @property
+  def baseline(self) -> "RunFolder":
+    return RunFolder(self.path / "baseline")
+
+  @property
+  def holds_run(self) -> bool:
+    return self.config_file.exists()
+
+  def create(self, config: TrainConfig, model_config: ModelConfig) -> None:
+    """Makes the folder and records what the run is.
+
+    Raises:
+      UserError: The folder already holds a run, or cannot be written.
+    """
+    if self.holds_run:
+      raise UserError(
+        f"`--out` {str(self.path)!r} already holds a run; continue it with "
+        f"`--resume {self.path}`, or choose another folder"
+      )
+    try:
+      self.figures.mkdir(parents=True, exist_ok=True)
+      self.record(config, model_config)
+    except OSError as error:
+      raise UserError(
+        f"`--out` {str(self.path)!r} cannot be written: {error.strerror}; "
+        "choose another folder"
+      ) from error
+
+  def record(self, config: TrainConfig, model_config: ModelConfig) -> None:
+    """Writes config.json."""
+    write_json(
+      self.config_file,
+      {
+        "train": config.to_dict(),
+        "model": model_config.to_dict(),
+        "versions": {
+          name: importlib.metadata.version(name)
+          for name in ("jax", "flax", "optax", "orbax-checkpoint")
+        },
+      },
+    )
+
+  def read_config(self) -> tuple[TrainConfig, ModelConfig]:
+    """What config.json says; `UserError` if it is missing or damaged."""
+    try:
+      record = json.loads(self.config_file.read_text(encoding="utf-8"))
+      where = str(self.config_file)
+      return (
+        configfile.override(TrainConfig(), record["train"], where=where),
+        ModelConfig.from_dict(record["model"]),
+      )
+    except FileNotFoundError:
+      raise UserError(
+        f"{str(self.path)!r} holds no run: it has no config.json"
+      ) from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+      reason = " ".join(str(error).split())
+      raise UserError(
+        f"{self.config_file} cannot be read ({reason}); start a new run"
+      ) from error
+
+
+def default_path(root: str | pathlib.Path = "runs") -> pathlib.Path:
+  """runs/train_moh-<date>-<time>, a name not taken yet."""
+  stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+  path = pathlib.Path(root) / f"train_moh-{stamp}"
+  for attempt in range(2, 100):
+    if not path.exists():
+      break
+    path = path.with_name(f"train_moh-{stamp}-{attempt}")
+  return path
+
+
+def newest(root: str | pathlib.Path = "runs") -> RunFolder:
+  """The run started last under `root`; `UserError` if there is none."""
+  runs = [
+    RunFolder(file.parent)
+    for file in pathlib.Path(root).glob("train_moh-*/config.json")
+  ]
+  if not runs:
+    raise UserError(
+      f"`--resume` found no run under {str(root)!r}; name one with "
+      "`--resume DIR`, or start one without `--resume`"
+    )
+  return max(runs, key=lambda run: run.path.name)
+
+
+def write_json(path: pathlib.Path, value: Any) -> None:
+  """Writes `value`; a reader sees the old file or the new one, never half."""
+  temporary = path.with_name(f"{path.name}.tmp")
+  temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+  os.replace(temporary, path)

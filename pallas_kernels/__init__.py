@@ -1,0 +1,1 @@
+"""Kernels of jaxheads; they know nothing of models."""

@@ -1,0 +1,1 @@
+"""Tests, mirroring the packages; shared helpers are `tests.oracles` etc."""
