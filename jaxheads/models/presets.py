@@ -10,9 +10,9 @@ _PRESETS: dict[str, dict[str, Any]] = {
   # Bytes of source text, a few minutes on a laptop's CPU.
   "tiny": dict(
     vocab_size=257,
-    num_layers=4,
-    embed_dim=128,
-    mlp_dim=384,
+    num_layers=3,
+    embed_dim=192,
+    mlp_dim=512,
     num_heads=8,
     num_kv_heads=4,
     head_dim=16,

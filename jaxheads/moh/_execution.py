@@ -1,12 +1,15 @@
 """Attention over routed heads, computed densely or for active pairs only."""
 
-from collections.abc import Callable, Mapping
-from typing import Literal, get_args
+import functools
+from collections.abc import Callable
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxheads.moh._dense import attention_mask, dense_attention
 from jaxheads.moh._routing import Routing
 from jaxheads.rope import apply_rope, rope_angles, rotate
 from pallas_kernels.packing import Packing, gather_rows, pack
@@ -21,6 +24,39 @@ Implementation = Literal["reference", "xla"]
 # Shortest query length at which dispatch beats computing every head densely
 # on a CPU, by `experiments/bench_moh.py`.
 CPU_DISPATCH_LENGTH = 512
+
+
+class _Tokens(NamedTuple):
+  """Arrays with a batch axis."""
+
+  x: Float[Array, "B T D"]
+  k: Float[Array, "B S K H"]
+  v: Float[Array, "B S K H"]
+  q: Float[Array, "B T N H"] | None
+  routing: Routing | None
+  q_positions: Int[Array, "B T"]
+  mask: Bool[Array, "#B #N #T S"] | None
+  q_segment_ids: Int[Array, "B T"] | None
+  kv_segment_ids: Int[Array, "B S"] | None
+
+
+class _Weights(NamedTuple):
+  """Arrays that all sequences share."""
+
+  w_q: Float[Array, "D N H"] | None
+  b_q: Float[Array, "N H"] | None
+  w_o: Float[Array, "N H Dout"]
+  q_offset: Int[Array, ""]
+
+
+class _Options(NamedTuple):
+  """Static settings."""
+
+  num_active: int
+  rope_theta: float | None
+  is_causal: bool
+  scale: float
+  implementation: Implementation | None
 
 
 def moh_attention(
@@ -88,69 +124,95 @@ def moh_attention(
     MoH Eq. 2 and 5; specification of the dispatch: queries sparse, keys dense,
     causal by original position.
   """
-  arrays = {
-    "x": x,
-    "k": k,
-    "v": v,
-    "w_o": w_o,
-    "w_q": w_q,
-    "b_q": b_q,
-    "q": q,
-    "q_positions": q_positions,
-    "mask": mask,
-    "q_segment_ids": q_segment_ids,
-    "kv_segment_ids": kv_segment_ids,
-  }
-  sizes = _check(arrays, routing, num_active, execution, implementation)
-  batch, length, heads, head_dim = (sizes[axis] for axis in "BTNH")
-  scale = head_dim**-0.5 if scale is None else scale
-  if routing is None:
-    num_active = heads
+  check_shape("x", x, "B T D", {})
+  if q_positions is None:
+    q_positions = jnp.broadcast_to(jnp.arange(x.shape[1])[None], x.shape[:2])
+  tokens = _Tokens(
+    x, k, v, q, routing, q_positions, mask, q_segment_ids, kv_segment_ids
+  )
+  weights = _Weights(w_q, b_q, w_o, jnp.asarray(q_offset, jnp.int32))
+  tokens, weights = jax.tree.map(jnp.asarray, (tokens, weights))
+  sizes = _check(tokens, weights, num_active, execution, implementation)
+  options = _Options(
+    num_active=sizes["N"] if routing is None else num_active,
+    rope_theta=rope_theta,
+    is_causal=is_causal,
+    scale=sizes["H"] ** -0.5 if scale is None else scale,
+    implementation=implementation,
+  )
   if execution is None:
-    execution = choose_execution(length, weights_fn)
-  if execution == "dispatch" and weights_fn is not None:
+    execution = choose_execution(sizes["T"], weights_fn)
+  if execution == "dense":
+    return _dense(tokens, weights, options, weights_fn)
+  if weights_fn is not None:
     raise ValueError(
       "`weights_fn` sees the weights of all heads: it needs "
       "`execution='dense'`, got 'dispatch'."
     )
-  if q_positions is None:
-    q_positions = jnp.broadcast_to(jnp.arange(length), (batch, length))
+  return _per_device(functools.partial(_dispatch, options), tokens, weights)
 
-  if execution == "dense":
-    if q is None:
-      q = jnp.einsum("btd,dnh->btnh", x, w_q)
-      q = q if b_q is None else q + b_q
-      if rope_theta is not None:
-        q = apply_rope(q, q_positions, theta=rope_theta)
-    visible = attention_mask(
-      length,
-      k.shape[1],
-      is_causal=is_causal,
-      q_offset=q_offset,
-      mask=mask,
-      q_segment_ids=q_segment_ids,
-      kv_segment_ids=kv_segment_ids,
-    )
-    out = dense_attention(
-      q, k, v, mask=visible, scale=scale, weights_fn=weights_fn
-    )
-    if routing is not None:
-      out = _gate(out, routing.gates)
-    return jnp.einsum("btnh,nhd->btd", out, w_o).astype(x.dtype)
 
+def choose_execution(
+  length: int, weights_fn: Callable[[Array], Array] | None = None
+) -> Execution:
+  """The faster exact execution for this backend and query length."""
+  if weights_fn is not None or jax.default_backend() != "cpu":
+    return "dense"
+  return "dispatch" if length >= CPU_DISPATCH_LENGTH else "dense"
+
+
+def _dense(
+  tokens: _Tokens,
+  weights: _Weights,
+  options: _Options,
+  weights_fn: Callable[[Array], Array] | None,
+) -> Float[Array, "B T Dout"]:
+  """Every head for every token, then the gates."""
+  x, k, v, q, routing, q_positions, mask, *segment_ids = tokens
+  if q is None:
+    q = jnp.einsum("btd,dnh->btnh", x, weights.w_q)
+    q = q if weights.b_q is None else q + weights.b_q[None, None]
+    if options.rope_theta is not None:
+      q = apply_rope(q, q_positions, theta=options.rope_theta)
+  visible = attention_mask(
+    x.shape[1],
+    k.shape[1],
+    is_causal=options.is_causal,
+    q_offset=weights.q_offset,
+    mask=mask,
+    q_segment_ids=segment_ids[0],
+    kv_segment_ids=segment_ids[1],
+  )
+  out = dense_attention(
+    q, k, v, mask=visible, scale=options.scale, weights_fn=weights_fn
+  )
+  if routing is not None:
+    out = _gate(out, routing.gates)
+  return jnp.einsum("btnh,nhd->btd", out, weights.w_o).astype(x.dtype)
+
+
+def _dispatch(
+  options: _Options, tokens: _Tokens, weights: _Weights
+) -> Float[Array, "B T Dout"]:
+  """Only the active (token, head) pairs, packed."""
+  x, k, v, q, routing, q_positions, mask, *segment_ids = tokens
+  heads, head_dim = weights.w_o.shape[:2]
   if routing is None:
-    active = jnp.ones((batch, length, heads), bool)
+    active = jnp.ones((*x.shape[:2], heads), bool)
   else:
     active = routing.mask
-  tiling = default_tiling(length, k.shape[1], num_active / heads)
-  packing = pack(active, num_active=num_active, block_rows=tiling.block_q)
+  tiling = default_tiling(x.shape[1], k.shape[1], options.num_active / heads)
+  packing = pack(
+    active, num_active=options.num_active, block_rows=tiling.block_q
+  )
+  implementation = options.implementation
   if q is None:
-    assert w_q is not None
-    rows = project_in(x, w_q, packing, implementation=implementation)
-    if b_q is not None:
-      rows = _add_per_head(rows, b_q, packing)
-    if rope_theta is not None:
-      cos, sin = rope_angles(q_positions, head_dim, theta=rope_theta)
+    assert weights.w_q is not None
+    rows = project_in(x, weights.w_q, packing, implementation=implementation)
+    if weights.b_q is not None:
+      rows = _add_per_head(rows, weights.b_q, packing)
+    if options.rope_theta is not None:
+      cos, sin = rope_angles(q_positions, head_dim, theta=options.rope_theta)
       rows = rotate(rows, _per_row(cos, packing), _per_row(sin, packing))
   else:
     rows = gather_rows(q, packing)
@@ -159,18 +221,47 @@ def moh_attention(
     k,
     v,
     packing,
-    scale=scale,
-    is_causal=is_causal,
-    q_offset=q_offset,
+    scale=options.scale,
+    is_causal=options.is_causal,
+    q_offset=weights.q_offset,
     mask=mask,
-    q_segment_ids=q_segment_ids,
-    kv_segment_ids=kv_segment_ids,
+    q_segment_ids=segment_ids[0],
+    kv_segment_ids=segment_ids[1],
     tiling=tiling,
     implementation=implementation,
   )
   if routing is not None:
     rows = _gate(rows, gather_rows(routing.gates, packing))
-  return project_out(rows, w_o, packing, implementation=implementation)
+  return project_out(rows, weights.w_o, packing, implementation=implementation)
+
+
+def _per_device(
+  run: Callable[[_Tokens, _Weights], Array],
+  tokens: _Tokens,
+  weights: _Weights,
+) -> Array:
+  """Runs on each device's own sequences, if there is a mesh axis "data".
+
+  The partitioner of `jax.jit` would gather the loops' operands on every
+  device.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  batch = tokens.x.shape[0]
+  shards = dict(mesh.shape).get("data", 1)
+  if shards == 1 or batch % shards:
+    return run(tokens, weights)
+
+  def spec(leaf: Array) -> PartitionSpec:
+    return PartitionSpec("data" if leaf.shape[0] == batch else None)
+
+  sharded = jax.shard_map(
+    run,
+    in_specs=(jax.tree.map(spec, tokens), PartitionSpec()),
+    out_specs=PartitionSpec("data"),
+    axis_names={"data"},
+    check_vma=False,
+  )
+  return sharded(tokens, weights)
 
 
 def _gate(
@@ -194,91 +285,16 @@ def _per_row(
   return flat.at[packing.row_token].get(mode="clip")
 
 
-def choose_execution(
-  length: int, weights_fn: Callable[[Array], Array] | None = None
-) -> Execution:
-  """The faster exact execution for this backend and query length."""
-  if weights_fn is not None or jax.default_backend() != "cpu":
-    return "dense"
-  return "dispatch" if length >= CPU_DISPATCH_LENGTH else "dense"
-
-
-def attention_mask(
-  q_length: int,
-  kv_length: int,
-  *,
-  is_causal: bool = False,
-  q_offset: Int[Array, ""] | int = 0,
-  mask: Bool[Array, "#B #N #T S"] | None = None,
-  q_segment_ids: Int[Array, "B T"] | None = None,
-  kv_segment_ids: Int[Array, "B S"] | None = None,
-) -> Bool[Array, "#B #N T S"] | None:
-  """Which keys each query sees, as one dense mask; `None` means all."""
-  visible = []
-  if is_causal:
-    q_index = jnp.arange(q_length)[:, None] + q_offset
-    visible.append((q_index >= jnp.arange(kv_length)[None])[None, None])
-  if mask is not None:
-    visible.append(mask)
-  if q_segment_ids is not None and kv_segment_ids is not None:
-    same = q_segment_ids[:, :, None] == kv_segment_ids[:, None, :]
-    visible.append(same[:, None])
-  if not visible:
-    return None
-  result = visible[0]
-  for other in visible[1:]:
-    result = result & other
-  return result
-
-
-def dense_attention(
-  q: Float[Array, "B T N H"],
-  k: Float[Array, "B S K H"],
-  v: Float[Array, "B S K H"],
-  *,
-  mask: Bool[Array, "#B #N #T S"] | None = None,
-  scale: float,
-  weights_fn: Callable[[Array], Array] | None = None,
-) -> Float[Array, "B T N H"]:
-  """Attention of all heads through the whole weight matrix.
-
-  Logits and softmax are float32. A query that sees no key gives 0.
-  """
-  batch, length, heads, head_dim = q.shape
-  kv_length, kv_heads = k.shape[1:3]
-  grouped = q.reshape(batch, length, kv_heads, heads // kv_heads, head_dim)
-  logits = scale * jnp.einsum(
-    "btkgh,bskh->bkgts", grouped, k, preferred_element_type=jnp.float32
-  )
-  logits = logits.reshape(batch, heads, length, kv_length)
-  if mask is None:
-    weights = jax.nn.softmax(logits)
-  else:
-    # Finite, so that a row without keys has no NaN; such a row is zeroed.
-    logits = jnp.where(mask, logits, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(logits)
-    weights = jnp.where(mask.any(-1, keepdims=True), weights, 0.0)
-  if weights_fn is not None:
-    weights = weights_fn(weights)
-  weights = weights.reshape(batch, kv_heads, -1, length, kv_length)
-  out = jnp.einsum(
-    "bkgts,bskh->btkgh",
-    weights.astype(v.dtype),
-    v,
-    preferred_element_type=jnp.float32,
-  )
-  return out.reshape(q.shape).astype(q.dtype)
-
-
 def _check(
-  arrays: Mapping[str, Array | None],
-  routing: Routing | None,
+  tokens: _Tokens,
+  weights: _Weights,
   num_active: int,
   execution: str | None,
   implementation: str | None,
 ) -> dict[str, int]:
   """Sizes of the named axes; refuses what does not fit."""
   sizes: dict[str, int] = {}
+  arrays = tokens._asdict() | weights._asdict()
   for name, spec in {
     "x": "B T D",
     "k": "B S K H",
@@ -293,12 +309,12 @@ def _check(
     "kv_segment_ids": "B S",
   }.items():
     check_shape(name, arrays[name], spec, sizes)
-  if routing is not None:
-    check_shape("routing.mask", routing.mask, "B T N", sizes)
-    check_shape("routing.gates", routing.gates, "B T N", sizes)
-  if (arrays["w_q"] is None) == (arrays["q"] is None):
+  if tokens.routing is not None:
+    check_shape("routing.mask", tokens.routing.mask, "B T N", sizes)
+    check_shape("routing.gates", tokens.routing.gates, "B T N", sizes)
+  if (weights.w_q is None) == (tokens.q is None):
     raise ValueError("Give exactly one of `w_q` and `q`.")
-  if (arrays["q_segment_ids"] is None) != (arrays["kv_segment_ids"] is None):
+  if (tokens.q_segment_ids is None) != (tokens.kv_segment_ids is None):
     raise ValueError(
       "Give both `q_segment_ids` and `kv_segment_ids`, or neither."
     )

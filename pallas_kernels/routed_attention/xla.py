@@ -249,7 +249,7 @@ def _forward(
       jnp.zeros((rows, head_dim), jnp.float32),
     )
     m, l, acc = _for_tiles(options, context, block, tile_step, state)
-    empty = (l == 0) | (block.position < 0)
+    empty = (l == 0) | ~block.valid
     l = jnp.where(empty, 1.0, l)
     out = jnp.where(empty[:, None], 0.0, acc / l[:, None]).astype(q.dtype)
     lse = jnp.where(empty, -jnp.inf, m + jnp.log2(l))

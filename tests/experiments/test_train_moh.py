@@ -4,7 +4,6 @@ import json
 import os
 import pathlib
 import random
-import resource
 import signal
 import subprocess
 import sys
@@ -30,17 +29,24 @@ TIMEOUT_S = 240
 KILLS = int(os.environ.get("JAXHEADS_KILLS", "1"))
 
 
-def start(*flags, limit=None) -> subprocess.Popen:
-  def limit_files():
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+# A process that has loaded JAX must not fork to set a limit in its child.
+_LIMIT_FILES = """
+import os, resource, sys
+limit = int(sys.argv[1])
+resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+os.execv(sys.executable, [sys.executable, *sys.argv[2:]])
+"""
 
+
+def start(*flags, limit=None) -> subprocess.Popen:
+  limiter = ["-c", _LIMIT_FILES, str(limit)] if limit else []
+  script = str(ROOT / "experiments/train_moh.py")
   return subprocess.Popen(
-    [sys.executable, str(ROOT / "experiments/train_moh.py"), *flags],
+    [sys.executable, *limiter, script, *flags],
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,
     text=True,
     env=ENVIRONMENT,
-    preexec_fn=limit_files if limit else None,
   )
 
 
@@ -85,7 +91,7 @@ def flags(tmp_path_factory):
   return [
     *("--preset", "smoke", "--steps", str(STEPS)),
     *("--evaluation.every", "20", "--evaluation.sample-tokens", "0"),
-    *("--data", str(small.PACKAGE), "--compile-cache", str(cache)),
+    *("--data", str(small.TEXT), "--compile-cache", str(cache)),
   ]
 
 

@@ -51,7 +51,7 @@ def test_plans_are_frozen_hashable_and_equal_by_value():
   assert hash(config()) == hash(config())
   assert config() != config(gates="paper")
   with pytest.raises(dataclasses.FrozenInstanceError):
-    config().top_k = 3  # type: ignore[misc]
+    config().top_k = 3
 
 
 @pytest.mark.parametrize(

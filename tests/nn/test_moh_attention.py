@@ -86,9 +86,12 @@ OPTIONS = (
 )
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize("moh", [None, EVERY_HEAD], ids=["no plan", "K = E"])
-def test_every_head_with_neutral_routers_is_flax_attention(options, moh):
+@pytest.mark.parametrize(
+  ("moh", "options"),
+  [(None, options) for options in OPTIONS]
+  + [(EVERY_HEAD, {}), (EVERY_HEAD, {"num_kv_heads": 2})],
+)
+def test_every_head_with_neutral_routers_is_flax_attention(moh, options):
   twin = flax_twin(options)
   module = make(moh, spread=False, **options)
   nnx.update(module, nnx.state(twin, nnx.Param))
@@ -102,10 +105,9 @@ def test_every_head_with_neutral_routers_is_flax_attention(options, moh):
     oracles.assert_close(call(module, x, **keywords), expected, FORWARD)
 
 
-@pytest.mark.parametrize("moh", [None, EVERY_HEAD], ids=["no plan", "K = E"])
-def test_every_head_with_neutral_routers_has_flax_gradients(moh):
+def test_every_head_with_neutral_routers_has_flax_gradients():
   twin = flax_twin({})
-  module = make(moh, spread=False)
+  module = make(EVERY_HEAD, spread=False)
   nnx.update(module, nnx.state(twin, nnx.Param))
   zero_routers(module)
   x, dout = normal(B, T, D), normal(B, T, D, seed=1)
@@ -118,12 +120,14 @@ def test_every_head_with_neutral_routers_has_flax_gradients(moh):
   actual = nnx.to_pure_dict(gradients(module))
   for name in ("query", "key", "value", "out"):
     for part in ("kernel", "bias"):
+      # A key bias moves every logit of a row alike: its gradient is 0, and
+      # what is left is rounding.
       oracles.assert_close(
-        # A key bias moves every logit of a row alike: its gradient is noise.
-        np.asarray(actual[name][part]) + (name == "key" and part == "bias"),
-        np.asarray(expected[name][part]) + (name == "key" and part == "bias"),
+        actual[name][part],
+        expected[name][part],
         GRADIENT,
         f"{name}.{part}",
+        floor=1.0 if (name, part) == ("key", "bias") else 1e-6,
       )
 
 
@@ -279,11 +283,15 @@ def routed_scores(module, x, moh):
   return np.asarray(x, np.float64) @ np.asarray(module.router_routed[...])
 
 
-@pytest.mark.parametrize("execution", ["dense", "dispatch"])
 @pytest.mark.parametrize(
-  ("moh", "kv_heads"),
-  [(PLAN, 2), (PAPER, 8), (BY_NORM, 2)],
-  ids=["scaled", "paper", "norm"],
+  ("moh", "kv_heads", "execution"),
+  [
+    (PLAN, 2, "dispatch"),
+    (PAPER, 8, "dispatch"),
+    (BY_NORM, 2, "dispatch"),
+    (PLAN, 2, "dense"),
+  ],
+  ids=["scaled", "paper", "norm", "dense"],
 )
 def test_module_equals_the_oracle_with_rope_padding_and_segments(
   moh, kv_heads, execution

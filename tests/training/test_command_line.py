@@ -104,7 +104,7 @@ def test_damaged_config_is_named():
 
 @pytest.mark.parametrize(
   "path",
-  sorted((small.PACKAGE.parent / "experiments/configs").iterdir()),
+  sorted((pathlib.Path(__file__).parents[2] / "experiments/configs").iterdir()),
   ids=lambda path: path.name,
 )
 def test_example_configs_parse_and_have_a_header(path):

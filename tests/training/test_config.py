@@ -117,10 +117,10 @@ def test_router_none_is_the_dense_baseline():
     ({"shared": (5,), "top_k": (4,)}, "`top_k` must be in"),
     ({"shared": (1, 2)}, "one number or one per layer .4., got 2: 1 2"),
     ({"active": 0.0}, "`--model.active` must be in"),
-    ({"num_heads": 6}, "`num_kv_heads` must divide"),
+    ({"num_heads": 6, "num_kv_heads": 4}, "`num_kv_heads` must divide"),
     ({"top_k": (0,)}, "`top_k` = 0 needs"),
   ],
 )
 def test_head_counts_that_do_not_add_up(changes, message):
   with pytest.raises(UserError, match=message):
-    ModelOptions(**changes).build(257)
+    ModelOptions(**({"num_layers": 4} | changes)).build(257)
