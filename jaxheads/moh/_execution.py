@@ -23,7 +23,7 @@ Implementation = Literal["reference", "xla"]
 
 # Shortest query length at which dispatch beats computing every head densely
 # on a CPU, by `experiments/bench_moh.py`.
-CPU_DISPATCH_LENGTH = 512
+CPU_DISPATCH_LENGTH = 256
 
 
 class _Tokens(NamedTuple):

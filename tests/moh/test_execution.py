@@ -237,6 +237,25 @@ def test_reference_dispatch_equals_the_oracle(shape):
   check(out, expected, case["selection"], "reference")
 
 
+def test_long_sequences_with_one_crowded_head_cross_many_tiles():
+  shape = strategies.LayerShape(
+    name="long", B=1, T=1100, S=1100, N=4, K=2, H=8, D=8, num_active=2,
+    causal=True,
+  )  # fmt: skip
+  case = draw_one(shape)
+  case["selection"][:, 100:, 0] = True  # Nearly all tokens, and a third head.
+  case["selection"][:, 500:600] = False  # A run of padding inside.
+  case["selection"] &= np.cumsum(case["selection"], axis=-1) <= 2
+  case["gates"] = case["selection"] * np.float32(0.7)
+  out = run_layer(case, 2, DISPATCH, is_causal=True)
+  at = np.arange(shape.T)[None]
+  seen = oracles.visible(
+    num_heads=shape.N, q_positions=at, kv_positions=at, causal=True
+  )
+  expected = run_oracle(case, seen, shape.H**-0.5)
+  check(out, expected, case["selection"], "long")
+
+
 # ------------------------------------------------------------------ defaults
 
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, PartitionSpec
 
 from jaxheads.moh import load_balance_loss
 from tests import oracles, strategies
@@ -191,6 +192,23 @@ def test_global_statistics_equal_the_loss_of_the_whole_batch(padded):
   losses = sharded(4, probs, mask, valid)
   expected = oracles.load_balance(probs, mask, valid)
   oracles.assert_close(losses, np.full(4, expected), 1e-5)
+
+
+def test_global_statistics_hold_under_shard_map_with_their_gradient():
+  mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
+  probs, mask = draw_case(np.random.default_rng(2))
+  valid = np.arange(T) < np.array([[1], [6], [0], [3]])
+  loss = jax.shard_map(
+    lambda p, m, v: load_balance_loss(p, m, token_mask=v, axis_name="data"),
+    mesh=mesh,
+    in_specs=PartitionSpec("data"),
+    out_specs=PartitionSpec(),
+  )
+  value, gradient = jax.jit(jax.value_and_grad(loss))(probs, mask, valid)
+  whole = lambda p: load_balance_loss(p, mask, token_mask=valid)
+  expected = jax.jit(jax.value_and_grad(whole))(probs)
+  oracles.assert_close(value, expected[0], 1e-5)
+  oracles.assert_close(gradient, expected[1], 2e-5)
 
 
 @pytest.mark.parametrize(

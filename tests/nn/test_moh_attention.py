@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxheads.moh import MoHConfig
 from jaxheads.nn import AuxLoss, MoHAttention, RoutingStats, auxiliary_loss
@@ -672,6 +673,38 @@ def test_value_and_grad_reaches_every_parameter_including_the_routers():
       assert np.abs(gradient[...]).max() > 0, path
   # The statistics of the forward pass came out of the transform.
   assert float(model.first.aux_loss[...]) > 0
+
+
+@pytest.mark.parametrize("execution", ["dense", "dispatch"])
+def test_a_batch_sharded_over_devices_gives_the_same_loss_and_gradients(
+  execution,
+):
+  devices = 4
+  mesh = jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,))
+  module = make(PLAN, rope_theta=100.0, execution=execution)
+  x = normal(2 * devices, T, D)
+
+  @nnx.jit
+  def step(module, x):
+    def loss(module):
+      out = module(x, is_causal=True, deterministic=False)
+      return jnp.mean(jnp.square(out)) + 0.01 * auxiliary_loss(module)
+
+    return nnx.value_and_grad(loss)(module)
+
+  value, grads = step(module, x)
+  graph, state = nnx.split(module)
+  replicated = nnx.merge(
+    graph, jax.device_put(state, NamedSharding(mesh, PartitionSpec()))
+  )
+  rows = jax.device_put(x, NamedSharding(mesh, PartitionSpec("data")))
+  sharded_value, sharded_grads = step(replicated, rows)
+  oracles.assert_close(sharded_value, value, FORWARD)
+  sharded_flat = dict(nnx.to_flat_state(sharded_grads))
+  for path, gradient in nnx.to_flat_state(grads):
+    oracles.assert_close(
+      sharded_flat[path][...], gradient[...], GRADIENT, path, floor=1e-3
+    )
 
 
 def test_the_balance_loss_alone_moves_the_routed_table_only():
