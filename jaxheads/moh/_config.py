@@ -87,7 +87,7 @@ class MoHConfig:
     if self._selection_has_no_task_gradient:
       warnings.warn(
         f"`top_k` = {self.top_k} with `gates` = 'scaled' picks a single "
-        "choice whose weight is renormalised to a constant: the router's "
+        "choice whose total weight is a constant: the router's "
         "selection gets no gradient from the task, only from the "
         "load-balance loss. Use `gates='paper'` or a larger `top_k`.",
         UserWarning,

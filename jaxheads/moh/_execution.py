@@ -133,6 +133,8 @@ def moh_attention(
   weights = _Weights(w_q, b_q, w_o, jnp.asarray(q_offset, jnp.int32))
   tokens, weights = jax.tree.map(jnp.asarray, (tokens, weights))
   sizes = _check(tokens, weights, num_active, execution, implementation)
+  if 0 in (sizes["B"], sizes["T"], sizes["S"]):  # Nothing to compute.
+    return jnp.zeros((sizes["B"], sizes["T"], sizes["Dout"]), x.dtype)
   options = _Options(
     num_active=sizes["N"] if routing is None else num_active,
     rope_theta=rope_theta,

@@ -36,7 +36,10 @@ class MoHAttention(nnx.Module):
 
   After a call, `aux_loss` (an `AuxLoss`; only if heads are routed) holds the
   load-balance loss and `head_load` (a `RoutingStats`) the fraction of tokens
-  for which each head was active. See `jaxheads.nn.auxiliary_loss`.
+  for which each head was active. See `jaxheads.nn.auxiliary_loss`. A call
+  writes them, as `nnx.BatchNorm` writes its statistics: pass the module
+  through `nnx.jit` and `nnx.grad`, or split and merge it, rather than closing
+  over it in `jax.jit`.
 
   Source:
     MoH, https://arxiv.org/abs/2410.11842.
@@ -138,6 +141,11 @@ class MoHAttention(nnx.Module):
     if not 0.0 <= dropout_rate < 1.0:
       raise ValueError(f"`dropout_rate` must be in [0, 1), got {dropout_rate}.")
     self.head_dim = self.qkv_features // num_heads
+    if rope_theta is not None and self.head_dim % 2:
+      raise ValueError(
+        "`rope_theta` needs an even head size, got `qkv_features` // "
+        f"`num_heads` = {self.head_dim}."
+      )
     self.moh = moh
     self.rope_theta = rope_theta
     self.dtype = dtype
@@ -264,11 +272,14 @@ class MoHAttention(nnx.Module):
       inputs_k = inputs_q
     self_attention = inputs_k is inputs_q
     inputs_v = inputs_k if inputs_v is None else inputs_v
-    if inputs_q.shape[-1] != self.in_features:
-      raise ValueError(
-        f"`inputs_q` must have {self.in_features} features, got "
-        f"{inputs_q.shape[-1]}."
-      )
+    self._check_inputs(
+      inputs_q,
+      inputs_k,
+      inputs_v,
+      token_mask=token_mask,
+      segment_ids=segment_ids,
+      positions=positions,
+    )
     if segment_ids is not None and not self_attention:
       raise ValueError("`segment_ids` needs self-attention; use `mask`.")
     decode = self.decode if decode is None else decode
@@ -363,6 +374,31 @@ class MoHAttention(nnx.Module):
     self.cached_key = nnx.Cache(jnp.zeros(shape, dtype))
     self.cached_value = nnx.Cache(jnp.zeros(shape, dtype))
     self.cache_index = nnx.Cache(jnp.zeros((), jnp.int32))
+
+  def _check_inputs(
+    self, inputs_q: Array, inputs_k: Array, inputs_v: Array, **per_token: Any
+  ) -> None:
+    """Names the argument that does not fit, in the caller's terms."""
+    if inputs_q.ndim < 2 or inputs_q.shape[-1] != self.in_features:
+      raise ValueError(
+        f"`inputs_q` must be [*batch, T, {self.in_features}], "
+        f"got {list(inputs_q.shape)}."
+      )
+    batch_shape = inputs_q.shape[:-2]
+    for name, array in (("inputs_k", inputs_k), ("inputs_v", inputs_v)):
+      expected = (*batch_shape, inputs_k.shape[-2], self.in_kv_features)
+      if array.shape != expected:
+        raise ValueError(
+          f"`{name}` must be {[*batch_shape, 'S', self.in_kv_features]} to "
+          f"fit `inputs_q`, with one S for keys and values, "
+          f"got {list(array.shape)}."
+        )
+    for name, array in per_token.items():
+      if array is not None and array.shape != inputs_q.shape[:-1]:
+        raise ValueError(
+          f"`{name}` must be {list(inputs_q.shape[:-1])} to fit `inputs_q`, "
+          f"got {list(array.shape)}."
+        )
 
   def _deterministic(self, deterministic: bool | None) -> bool:
     if deterministic is None:

@@ -14,7 +14,7 @@ from jaxtyping import Float
 
 from jaxheads.data import Corpus, Tokenizer, bits_per_byte, make_loader
 from jaxheads.training import devices
-from jaxheads.training.figures import byte_classes
+from jaxheads.training.figures import token_classes
 from jaxheads.training.step import TrainState, make_eval_step
 
 # One order of the validation text for every run, whatever its seed is, so that
@@ -119,7 +119,7 @@ def head_load(
   Args:
     model: Has `head_activity(tokens) -> Bool[layers, B, T, heads]`.
     batches: Batches of the loader.
-    tokenizer: A token's class is that of the first byte of its text.
+    tokenizer: Says what text a token stands for.
   Returns:
     Fractions in [0, 1], NaN for a class without tokens, and the class names.
   """
@@ -131,7 +131,7 @@ def head_load(
   for batch in batches:
     tokens = np.asarray(batch["tokens"])
     active = np.asarray(activity(state, tokens), np.float64)
-    classes, names = byte_classes(_first_bytes(tokens, tokenizer))
+    classes, names = token_classes(tokens, tokenizer)
     # [B, T, classes], zero where the row only fills the batch up.
     member = np.asarray(classes)[..., None] == np.arange(len(names))
     member = (member & np.asarray(batch["mask"])[..., None]).astype(np.float64)
@@ -139,14 +139,3 @@ def head_load(
     counts = counts + member.sum((0, 1))
   with np.errstate(invalid="ignore"):
     return totals / np.asarray(counts)[:, None], names
-
-
-def _first_bytes(tokens: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
-  """Each token's first byte; 256, the byte tokenizer's separator, if none."""
-  if tokenizer.name == "bytes":
-    return tokens
-  table = {}
-  for token in np.unique(tokens).tolist():
-    raw = tokenizer.decode([token]).encode("utf-8", errors="replace")
-    table[token] = raw[0] if raw else 256
-  return np.vectorize(table.__getitem__, otypes=[np.int32])(tokens)

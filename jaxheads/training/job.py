@@ -14,7 +14,7 @@ from jaxheads.training.checkpoint import quiet_storage, storage_reason
 from jaxheads.training.command_line import Request
 from jaxheads.training.config import TrainConfig
 from jaxheads.training.console import Reporter
-from jaxheads.training.loop import Interrupted, train
+from jaxheads.training.loop import Interrupted, check_sizes, train
 from jaxheads.training.run_folder import RunFolder
 
 
@@ -54,7 +54,7 @@ def _run(request: Request, reporter: Reporter) -> None:
   config, run = request.config, request.run
   tokenizer = load_tokenizer(config.tokenizer)
   model_config = config.model.build(tokenizer.vocab_size)
-  _check_sizes(config, model_config)
+  check_sizes(config, model_config)  # Before the text is read.
   reporter.say(f"devices    {devices.describe()}")
   reporter.say(f"model      {_describe_model(model_config, config.seq_len)}")
   corpus = load_corpus(
@@ -180,21 +180,6 @@ def _flat(values: dict, prefix: str = "") -> dict:
     else:
       flat[f"{prefix}{name}"] = value
   return flat
-
-
-def _check_sizes(config: TrainConfig, model_config: ModelConfig) -> None:
-  """What can be known before the text is read."""
-  if config.seq_len > model_config.max_seq_len:
-    raise UserError(
-      f"`--seq-len` must be at most the model's `max_seq_len` "
-      f"({model_config.max_seq_len}), got {config.seq_len}; lower it or raise "
-      "`--model.max-seq-len`"
-    )
-  devices.check_batch_size(
-    config.batch_size,
-    devices.data_mesh(),
-    accumulate=config.optimizer.accumulate,
-  )
 
 
 def _describe_model(config: ModelConfig, seq_len: int) -> str:

@@ -82,16 +82,7 @@ def train(
       disk is full, or the loss is not finite.
     Interrupted: SIGTERM or Ctrl-C came; the state is saved.
   """
-  if config.seq_len > model_config.max_seq_len:
-    raise UserError(
-      f"`--seq-len` must be at most the model's `max_seq_len` "
-      f"({model_config.max_seq_len}), got {config.seq_len}; lower it or raise "
-      "`--model.max-seq-len`"
-    )
-  mesh = devices.data_mesh()
-  devices.check_batch_size(
-    config.batch_size, mesh, accumulate=config.optimizer.accumulate
-  )
+  mesh = check_sizes(config, model_config)
   with signals.stop_on_signals() as stop:
     with jax.set_mesh(mesh):
       graphdef, state, evaluator = _fit(
@@ -115,6 +106,21 @@ def train(
     if stop:
       raise Interrupted(stop.name or "SIGTERM", config.steps)
   return summary
+
+
+def check_sizes(config: TrainConfig, model_config: ModelConfig) -> Mesh:
+  """The mesh of all devices, if sequences and batches fit; `UserError` else."""
+  if config.seq_len > model_config.max_seq_len:
+    raise UserError(
+      f"`--seq-len` must be at most the model's `max_seq_len` "
+      f"({model_config.max_seq_len}), got {config.seq_len}; lower it or raise "
+      "`--model.max-seq-len`"
+    )
+  mesh = devices.data_mesh()
+  devices.check_batch_size(
+    config.batch_size, mesh, accumulate=config.optimizer.accumulate
+  )
+  return mesh
 
 
 def _fit(

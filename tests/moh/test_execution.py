@@ -711,3 +711,19 @@ def test_a_routing_of_other_heads_is_refused():
   x, k, v = (given.pop(name) for name in ("x", "k", "v"))
   with pytest.raises(ValueError, match="`routing"):
     moh_attention(x, k, v, **given)
+
+
+@pytest.mark.parametrize("execution", ["dense", "dispatch"])
+@pytest.mark.parametrize(("batch", "length"), [(0, 7), (2, 0)])
+def test_nothing_in_gives_nothing_out(execution, batch, length):
+  out = moh_attention(
+    jnp.ones((batch, length, 10)),
+    jnp.ones((batch, length, 3, 4)),
+    jnp.ones((batch, length, 3, 4)),
+    w_q=jnp.ones((10, 6, 4)),
+    w_o=jnp.ones((6, 4, 10)),
+    routing=None,
+    num_active=6,
+    execution=execution,
+  )
+  assert out.shape == (batch, length, 10)
