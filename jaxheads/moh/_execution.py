@@ -21,8 +21,8 @@ from pallas_kernels.shapes import check_shape
 Execution = Literal["dense", "dispatch"]
 Implementation = Literal["reference", "xla"]
 
-# Shortest query length at which dispatch beats computing every head densely
-# on a CPU, by `experiments/bench_moh.py`.
+# Query length from which dispatch of half the heads is no slower, on a CPU,
+# than computing every head densely: `experiments/bench_moh.py --lengths 256`.
 CPU_DISPATCH_LENGTH = 256
 
 

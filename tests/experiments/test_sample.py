@@ -70,6 +70,7 @@ def run_script(script, monkeypatch, *arguments):
   script.main()
 
 
+@pytest.mark.slow
 def test_continues_the_prompt_with_the_newest_run(
   script, runs, monkeypatch, capsys
 ):

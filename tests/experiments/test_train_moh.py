@@ -15,6 +15,8 @@ from jaxheads.training.checkpoint import saved_steps
 from jaxheads.training.metrics import read_metrics
 from tests.training import small
 
+pytestmark = pytest.mark.slow
+
 ROOT = pathlib.Path(__file__).parents[2]
 # One device: the promise is bit for bit there, and starting is quicker.
 ENVIRONMENT = os.environ | {

@@ -119,6 +119,7 @@ def test_scanned_equals_layer_by_layer():
   np.testing.assert_allclose(forward(model, tokens), expected, **FORWARD)
 
 
+@pytest.mark.slow
 def test_initial_parameters():
   """Truncated normals of 0.02, smaller where a layer adds to the residual.
 
@@ -142,6 +143,7 @@ def test_initial_parameters():
     assert not np.allclose(leaf[0], leaf[1])
 
 
+@pytest.mark.slow
 def test_is_causal():
   """Logits at t depend on every token up to t and on none after."""
   model = small_model(small_config(*MIXED))
@@ -163,6 +165,7 @@ def test_is_causal():
   assert (size[~after] > 1e-4).all()
 
 
+@pytest.mark.slow
 def test_gradients_and_loss_do_not_depend_on_remat():
   tokens = random_tokens(2, 8)
 

@@ -473,6 +473,7 @@ def test_left_and_right_padding_agree(path):
   oracles.assert_close(outs[0], outs[1], FORWARD)
 
 
+@pytest.mark.slow
 def test_layers_compose_with_vmap_and_remat():
   shape = SHORT
   case = draw_one(shape)

@@ -72,6 +72,7 @@ def assert_same_run(one, other):
   np.testing.assert_allclose(one[2], other[2], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_eight_devices_equal_one():
   one, eight = trained(1)[False], trained(8)[False]
   assert_same_run(one, eight)
