@@ -170,7 +170,7 @@ def _dense(
   weights_fn: Callable[[Array], Array] | None,
 ) -> Float[Array, "B T Dout"]:
   """Every head for every token, then the gates."""
-  x, k, v, q, routing, q_positions, mask, *segment_ids = tokens
+  x, k, v, q, routing, q_positions, mask, q_segment_ids, kv_segment_ids = tokens
   if q is None:
     q = jnp.einsum("btd,dnh->btnh", x, weights.w_q)
     q = q if weights.b_q is None else q + weights.b_q[None, None]
@@ -182,8 +182,8 @@ def _dense(
     is_causal=options.is_causal,
     q_offset=weights.q_offset,
     mask=mask,
-    q_segment_ids=segment_ids[0],
-    kv_segment_ids=segment_ids[1],
+    q_segment_ids=q_segment_ids,
+    kv_segment_ids=kv_segment_ids,
   )
   out = dense_attention(
     q, k, v, mask=visible, scale=options.scale, weights_fn=weights_fn
@@ -197,7 +197,7 @@ def _dispatch(
   options: _Options, tokens: _Tokens, weights: _Weights
 ) -> Float[Array, "B T Dout"]:
   """Only the active (token, head) pairs, packed."""
-  x, k, v, q, routing, q_positions, mask, *segment_ids = tokens
+  x, k, v, q, routing, q_positions, mask, q_segment_ids, kv_segment_ids = tokens
   heads, head_dim = weights.w_o.shape[:2]
   if routing is None:
     active = jnp.ones((*x.shape[:2], heads), bool)
@@ -227,8 +227,8 @@ def _dispatch(
     is_causal=options.is_causal,
     q_offset=weights.q_offset,
     mask=mask,
-    q_segment_ids=segment_ids[0],
-    kv_segment_ids=segment_ids[1],
+    q_segment_ids=q_segment_ids,
+    kv_segment_ids=kv_segment_ids,
     tiling=tiling,
     implementation=implementation,
   )
