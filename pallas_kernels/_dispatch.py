@@ -1,7 +1,12 @@
 """The one place that picks an implementation."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+from pallas_kernels import platform
+
+# Where an implementation runs; those not named here run everywhere.
+_NEEDS = {"mosaic_tpu": "tpu", "triton": "gpu", "mosaic_gpu": "gpu"}
 
 
 def select(
@@ -22,9 +27,55 @@ def select(
   """
   if name is None:
     name = default
-  if name not in implementations:
-    listed = ", ".join(repr(known) for known in implementations)
+  check_name(name, tuple(implementations))
+  return implementations[name]
+
+
+def check_name(name: str, known: Sequence[str]) -> None:
+  """Raises a ValueError unless `name` is one of `known`."""
+  if name not in known:
+    listed = ", ".join(map(repr, known))
     raise ValueError(
       f"`implementation` must be None or one of {listed}, got {name!r}."
     )
-  return implementations[name]
+
+
+def first_that_fits(
+  order: Sequence[str],
+  name: str | None,
+  refusal: Callable[[str], str | None],
+) -> str:
+  """Name of the implementation to run.
+
+  Args:
+    order: Implementations from best to the one that covers everything.
+    name: What the caller asked for; `None` for the first of `order` that
+      runs on this platform and does not refuse.
+    refusal: Why the named implementation does not cover these inputs; None
+      if it does.
+
+  Raises:
+    ValueError: There is no implementation of that name.
+    NotImplementedError: The named one refuses; the message says why.
+  """
+  if name is not None:
+    check_name(name, order)
+    reason = _wrong_platform(name) or refusal(name)
+    if reason:
+      raise NotImplementedError(
+        f"`implementation={name!r}` does not cover this: {reason} "
+        "`implementation=None` takes one that does."
+      )
+    return name
+  for candidate in order:
+    if not _wrong_platform(candidate) and not refusal(candidate):
+      return candidate
+  raise AssertionError(f"{order[-1]} must not refuse")
+
+
+def _wrong_platform(name: str) -> str | None:
+  needed = _NEEDS.get(name)
+  here = platform.current()
+  if needed is None or platform.interpret() or here == needed:
+    return None
+  return f"it needs a {needed.upper()}, and JAX runs on {here!r}."

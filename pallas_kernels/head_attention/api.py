@@ -1,0 +1,228 @@
+"""Public door of head attention."""
+
+import functools
+import importlib
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import _dispatch, platform
+from pallas_kernels.head_attention import reference
+from pallas_kernels.head_attention.contexts import HeadContexts
+from pallas_kernels.head_attention.operands import (
+  Implementation,
+  Operands,
+  Settings,
+)
+from pallas_kernels.head_attention.tiling import Tiling
+from pallas_kernels.shapes import check_shape
+
+# From best to the one that covers everything. Not here, because its numbers
+# were never shown right on a GPU: mosaic_gpu, which must be asked for by name.
+_ORDER = ("mosaic_tpu", "triton", "xla")
+_NAMED = (*_ORDER, "mosaic_gpu", "reference")
+
+
+def head_attention(
+  q: Float[Array, "B T N H"],
+  k: Float[Array, "B S K H"],
+  v: Float[Array, "B S K Hv"],
+  *,
+  pattern: HeadContexts,
+  scale: float | None = None,
+  logits_soft_cap: float | None = None,
+  q_offset: Int[Array, ""] | int | None = None,
+  q_segment_ids: Int[Array, "B T"] | None = None,
+  kv_segment_ids: Int[Array, "B S"] | None = None,
+  sinks: Float[Array, " N"] | None = None,
+  return_lse: bool = False,
+  tiling: Tiling | None = None,
+  implementation: str | None = None,
+) -> Any:
+  """Attention in which head n sees what `pattern.rules[n]` lets it see.
+
+  out_tn = softmax over the visible s of (scale q_tn k_sm) times v_sm,
+  with KV head m = n // (N / K)
+
+  Equals masked dense attention; what a head does not see costs nothing, in
+  time or memory. Differentiable in `q`, `k`, `v` and `sinks`, also through
+  the log-sum-exp.
+
+  Args:
+    q: Queries (after RoPE).
+    k, v: Keys (after RoPE) and values. The sizes of their heads may differ.
+    pattern: What each of the N heads sees; static. Blocks are counted from
+      the first key. See `jaxheads.s2` for ready ones.
+    scale: Multiplies the logits; `None` means H ** -0.5.
+    logits_soft_cap: Positive c; logits become c tanh(logits / c).
+    q_offset: Position of the first query among the keys. `None` means S - T:
+      the queries are the last ones.
+    q_segment_ids, kv_segment_ids: Queries see keys of their own segment; both
+      or neither. The pattern still counts blocks from the first key.
+    sinks: A logit per head that takes weight and gives nothing: the softmax's
+      denominator also holds exp(sink).
+    return_lse: Also return the log-sum-exp of the logits, sinks included.
+    tiling: Tile sizes; `None` takes tuned ones.
+    implementation: "reference", "xla", "mosaic_tpu" (TPU), "triton" (GPU),
+      "mosaic_gpu" (GPU from Hopper on; compiled, not yet run on one) or `None`
+      for the best one.
+
+  Returns:
+    Output [B, T, N, Hv] in q's dtype, softmax and sums in float32. With
+    `return_lse` a pair: the output, and the float32 log-sum-exp [B, T, N]. A
+    query that sees nothing gives 0 and -inf.
+
+  Raises:
+    ValueError: Shapes disagree with each other or with the pattern.
+    TypeError: q, k and v are not of one floating dtype.
+    NotImplementedError: The named implementation does not cover these inputs.
+
+  Source:
+    S2-Attention, https://arxiv.org/abs/2407.17678.
+  """
+  _check(q, k, v, pattern, q_segment_ids, kv_segment_ids, sinks)
+  if logits_soft_cap is not None and not logits_soft_cap > 0:
+    raise ValueError(
+      f"`logits_soft_cap` must be positive, got {logits_soft_cap}."
+    )
+  if q_offset is None:
+    q_offset = k.shape[1] - q.shape[1]
+  static = None if isinstance(q_offset, jax.Array) else int(q_offset)
+  if static is not None:
+    if static < 0:
+      raise ValueError(
+        f"`q_offset` must not be negative, got {static}; with more queries "
+        "than keys, pass `q_offset=0`."
+      )
+    pattern.check_lengths(static + q.shape[1], k.shape[1])
+  settings = Settings(
+    pattern=pattern,
+    scale=q.shape[-1] ** -0.5 if scale is None else float(scale),
+    logits_soft_cap=logits_soft_cap,
+    q_offset=static,
+    tiling=tiling,
+    interpret=platform.interpret(),
+  )
+  operands = Operands(
+    q, k, v, q_segment_ids, kv_segment_ids, jnp.asarray(q_offset, jnp.int32)
+  )
+  name = _choose(implementation, settings, operands)
+  if name == "reference":
+    out, lse = reference.attention(settings, operands)
+  else:
+    out, lse = _attend(name, settings, operands)
+  if sinks is not None:
+    out, lse = _with_sinks(out, lse, sinks)
+  if return_lse:
+    return out, lse.swapaxes(1, 2)
+  return out
+
+
+def _choose(name: str | None, settings: Settings, operands: Operands) -> str:
+  if name in ("reference", "mosaic_gpu"):
+    order: tuple[str, ...] = _NAMED
+  else:
+    order = _ORDER
+    if name is not None:
+      _dispatch.check_name(name, _NAMED)
+
+  def refusal(candidate: str) -> str | None:
+    if candidate == "reference":
+      return None
+    return _module(candidate).refusal(settings, operands)
+
+  return _dispatch.first_that_fits(order, name, refusal)
+
+
+def _module(name: str) -> Implementation:
+  # Imported when used: Pallas and its backends take a while, and not every
+  # installation has every backend.
+  return cast(
+    Implementation,
+    importlib.import_module(f"pallas_kernels.head_attention.{name}"),
+  )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attend(
+  name: str, settings: Settings, operands: Operands
+) -> tuple[Array, Array]:
+  return _module(name).forward(settings, operands)
+
+
+def _attend_fwd(
+  name: str, settings: Settings, operands: Operands
+) -> tuple[tuple[Array, Array], tuple[Operands, Array, Array]]:
+  out, lse = _module(name).forward(settings, operands)
+  return (out, lse), (operands, out, lse)
+
+
+def _attend_bwd(
+  name: str,
+  settings: Settings,
+  residuals: tuple[Operands, Array, Array],
+  cotangents: tuple[Array, Array],
+) -> tuple[Operands]:
+  operands, out, lse = residuals
+  d_out, d_lse = cotangents
+  dq, dk, dv = _module(name).backward(
+    settings, operands, out, lse, d_out, d_lse
+  )
+  # Integers have no gradients.
+  return (Operands(dq, dk, dv, None, None, None),)  # type: ignore[arg-type]
+
+
+_attend.defvjp(_attend_fwd, _attend_bwd)
+
+
+def _with_sinks(
+  out: Float[Array, "B T N Hv"],
+  lse: Float[Array, "B N T"],
+  sinks: Float[Array, " N"],
+) -> tuple[Array, Array]:
+  """The same softmax with one more logit, whose value is zero."""
+  sink = sinks.astype(jnp.float32)[None, :, None]
+  total = jnp.logaddexp(lse, sink)
+  share = jnp.exp(lse - total).swapaxes(1, 2)[..., None]
+  return (out.astype(jnp.float32) * share).astype(out.dtype), total
+
+
+def _check(
+  q: Array,
+  k: Array,
+  v: Array,
+  pattern: HeadContexts,
+  q_segment_ids: Array | None,
+  kv_segment_ids: Array | None,
+  sinks: Array | None,
+) -> None:
+  sizes: dict[str, int] = {}
+  check_shape("q", q, "B T N H", sizes)
+  check_shape("k", k, "B S K H", sizes)
+  check_shape("v", v, "B S K Hv", sizes)
+  check_shape("q_segment_ids", q_segment_ids, "B T", sizes)
+  check_shape("kv_segment_ids", kv_segment_ids, "B S", sizes)
+  check_shape("sinks", sinks, "N", sizes)
+  if (q_segment_ids is None) != (kv_segment_ids is None):
+    raise ValueError(
+      "`q_segment_ids` and `kv_segment_ids` must be given together."
+    )
+  heads, kv_heads = q.shape[2], k.shape[2]
+  if heads % kv_heads:
+    raise ValueError(
+      f"`k` must have a number of heads that divides q's {heads}, got "
+      f"{kv_heads}."
+    )
+  if pattern.num_heads != heads:
+    raise ValueError(
+      f"`pattern` is for {pattern.num_heads} query heads, `q` has {heads}. "
+      "Make the pattern for this number of heads."
+    )
+  for name, array in (("q", q), ("k", k), ("v", v)):
+    if not jnp.issubdtype(array.dtype, jnp.floating) or array.dtype != q.dtype:
+      raise TypeError(
+        "`q`, `k` and `v` must have one floating dtype, got "
+        f"{q.dtype}, {k.dtype} and {v.dtype} (`{name}`)."
+      )

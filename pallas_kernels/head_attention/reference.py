@@ -1,0 +1,61 @@
+"""Head attention by the definition: the oracle of the fast paths."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from pallas_kernels.head_attention.contexts import HeadContexts, Table
+from pallas_kernels.head_attention.operands import Operands, Settings
+
+
+def visible(
+  pattern: HeadContexts, q_positions: Int[Array, " T"], kv_length: int
+) -> Bool[Array, "N T S"]:
+  """What every head sees, token by token; takes N x T x S memory."""
+  i = (q_positions // pattern.block_size)[:, None]
+  keys = jnp.arange(kv_length)[None]
+  j = keys // pattern.block_size
+  seen = {}
+  for rule in pattern.distinct_rules:
+    # Tables are NumPy: a traced position cannot index them.
+    mask = jnp.asarray(rule.mask())[i, j] if isinstance(rule, Table) else None
+    mask = rule.keep(i, j) if mask is None else mask
+    if pattern.is_causal:
+      mask &= keys <= q_positions[:, None]
+    seen[rule] = mask
+  return jnp.stack([seen[rule] for rule in pattern.rules])
+
+
+def attention(
+  settings: Settings, operands: Operands
+) -> tuple[Float[Array, "B T N Hv"], Float[Array, "B N T"]]:
+  """Every query against every key, in float32; JAX differentiates it."""
+  q, k, v, q_segment_ids, kv_segment_ids, q_offset = operands
+  groups = q.shape[2] // k.shape[2]
+  if settings.q_offset is not None:
+    q_offset = jnp.int32(settings.q_offset)
+  wide_q = q.astype(jnp.float32)
+  wide_k = jnp.repeat(k, groups, axis=2).astype(jnp.float32)
+  wide_v = jnp.repeat(v, groups, axis=2).astype(jnp.float32)
+  with jax.default_matmul_precision("highest"):
+    logits = settings.scale * jnp.einsum("btnh,bsnh->bnts", wide_q, wide_k)
+    if settings.logits_soft_cap is not None:
+      cap = settings.logits_soft_cap
+      logits = cap * jnp.tanh(logits / cap)
+    positions = jnp.arange(q.shape[1]) + q_offset
+    mask = visible(settings.pattern, positions, k.shape[1])[None]
+    if q_segment_ids is not None and kv_segment_ids is not None:
+      same = q_segment_ids[:, :, None] == kv_segment_ids[:, None, :]
+      mask = mask & same[:, None]
+    logits = jnp.where(mask, logits, -jnp.inf)
+    # Finite for rows that see nothing: no inf - inf, also not in gradients.
+    peak = jax.lax.stop_gradient(
+      jnp.max(logits, axis=-1, keepdims=True, initial=-1e30)
+    )
+    weights = jnp.exp(logits - peak)
+    total = weights.sum(-1, keepdims=True)
+    empty = total == 0
+    safe = jnp.where(empty, 1.0, total)
+    lse = jnp.where(empty, -jnp.inf, peak + jnp.log(safe))[..., 0]
+    out = jnp.einsum("bnts,bsnh->btnh", weights / safe, wide_v)
+  return out.astype(q.dtype), lse
