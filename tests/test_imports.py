@@ -16,14 +16,17 @@ RANK = {"pallas_kernels": 1, "jaxheads": 2, "experiments": 3, "tests": 4}
 
 PUBLIC = [
   "jaxheads",
+  "jaxheads.attention",
   "jaxheads.data",
   "jaxheads.errors",
   "jaxheads.models",
   "jaxheads.moh",
   "jaxheads.nn",
   "jaxheads.rope",
+  "jaxheads.s2",
   "jaxheads.training",
   "pallas_kernels",
+  "pallas_kernels.head_attention",
 ]
 
 

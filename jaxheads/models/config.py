@@ -1,11 +1,12 @@
-"""What a decoder language model is made of: sizes, and a head plan a layer."""
+"""What a decoder language model is made of: sizes, and what each layer does."""
 
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 from jaxheads.moh import MoHConfig
+from jaxheads.s2 import Pattern
 
 _SIZES = (
   "vocab_size",
@@ -19,18 +20,29 @@ _SIZES = (
 )
 _DTYPES = ("float32", "bfloat16", "float16")
 Execution = Literal["dense", "dispatch"]
-Implementation = Literal["reference", "xla"]
+Implementation = Literal[
+  "reference", "xla", "mosaic_tpu", "triton", "mosaic_gpu"
+]
+
+
+class Run(NamedTuple):
+  """Consecutive layers that are alike."""
+
+  plan: MoHConfig | None
+  context: Pattern | None
+  num_layers: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-  """Sizes, numerics and head plans of a `DecoderLM`.
+  """Sizes, numerics, head plans and contexts of a `DecoderLM`.
 
   Hashable, and equal to itself after `to_dict`, JSON and `from_dict`.
 
   Raises:
     ValueError: Sizes that do not fit together; the message names the argument.
-    TypeError: A size that is no integer, a plan that is no `MoHConfig`.
+    TypeError: A size that is no integer, a plan that is no `MoHConfig`, a
+      context that is no `Pattern`.
   """
 
   vocab_size: int
@@ -49,8 +61,14 @@ class ModelConfig:
   dtype: str = "float32"  # Of activations and matrix products.
   param_dtype: str = "float32"  # Of the stored parameters.
   remat: bool = False  # Recompute each layer in the backward pass.
-  execution: Execution | None = None  # As in `moh.moh_attention`.
-  implementation: Implementation | None = None  # As in `moh.moh_attention`.
+  # Of layers that see everything, as in `moh.moh_attention`.
+  execution: Execution | None = None
+  # As in `moh.moh_attention` and, where there is a context, in `attention`;
+  # the names that only the latter knows leave the other layers to choose.
+  implementation: Implementation | None = None
+  # One per layer, which keys each head sees; None: all earlier ones. Empty:
+  # None for every layer.
+  contexts: tuple[Pattern | None, ...] = ()
 
   def __post_init__(self) -> None:
     for name in _SIZES:
@@ -71,27 +89,30 @@ class ModelConfig:
         "`head_dim` must be even, because RoPE turns pairs of features; got "
         f"{self.head_dim}. Take {self.head_dim + 1}."
       )
-    # A list, as JSON gives it, would leave the config unhashable.
-    object.__setattr__(self, "head_plans", tuple(self.head_plans))
-    if len(self.head_plans) != self.num_layers:
-      raise ValueError(
-        f"`head_plans` must hold one plan for each of the {self.num_layers} "
-        f"layers (`num_layers`), got {len(self.head_plans)}. Use None for a "
-        "layer with every head on."
-      )
-    for layer, plan in enumerate(self.head_plans):
-      if plan is None:
+    if not self.contexts:
+      object.__setattr__(self, "contexts", (None,) * self.num_layers)
+    self._check_layers("head_plans", MoHConfig, "every head on")
+    self._check_layers("contexts", Pattern, "every key visible")
+    for layer, context in enumerate(self.contexts):
+      if context is None:
         continue
-      if not isinstance(plan, MoHConfig):
-        raise TypeError(
-          f"`head_plans[{layer}]` must be a MoHConfig or None, got "
-          f"{type(plan).__name__}."
-        )
-      if plan.num_heads != self.num_heads:
+      if not context.is_causal:
         raise ValueError(
-          f"`head_plans[{layer}].num_heads` must equal `num_heads` "
-          f"({self.num_heads}), got {plan.num_heads}."
+          f"`contexts[{layer}]` must be causal: a decoder never looks ahead."
         )
+      kv_heads = context.num_kv_heads
+      if kv_heads is not None and kv_heads != self.num_kv_heads:
+        raise ValueError(
+          f"`contexts[{layer}].num_kv_heads` must equal `num_kv_heads` "
+          f"({self.num_kv_heads}) or be None, got {kv_heads}."
+        )
+      try:
+        context.check_lengths(self.max_seq_len, self.max_seq_len)
+      except ValueError as error:
+        raise ValueError(
+          f"`contexts[{layer}]` must reach `max_seq_len` "
+          f"({self.max_seq_len}): {error}"
+        ) from error
     for name in ("rope_theta", "norm_eps"):
       number = getattr(self, name)
       if not (math.isfinite(number) and number > 0):
@@ -108,6 +129,33 @@ class ModelConfig:
           f"{getattr(self, name)!r}."
         )
 
+  def _check_layers(
+    self, name: str, kind: type[MoHConfig] | type[Pattern], otherwise: str
+  ) -> None:
+    """One `kind` or None for each layer, each for this number of heads."""
+    # A list, as JSON gives it, would leave the config unhashable.
+    object.__setattr__(self, name, tuple(getattr(self, name)))
+    values = getattr(self, name)
+    if len(values) != self.num_layers:
+      raise ValueError(
+        f"`{name}` must hold one entry for each of the {self.num_layers} "
+        f"layers (`num_layers`), got {len(values)}. Use None for a layer with "
+        f"{otherwise}."
+      )
+    for layer, value in enumerate(values):
+      if value is None:
+        continue
+      if not isinstance(value, kind):
+        raise TypeError(
+          f"`{name}[{layer}]` must be a {kind.__name__} or None, got "
+          f"{type(value).__name__}."
+        )
+      if value.num_heads != self.num_heads:
+        raise ValueError(
+          f"`{name}[{layer}].num_heads` must equal `num_heads` "
+          f"({self.num_heads}), got {value.num_heads}."
+        )
+
   @property
   def total_heads(self) -> int:
     """Query heads, summed over the layers."""
@@ -119,14 +167,14 @@ class ModelConfig:
     return sum(self._active(plan) for plan in self.head_plans)
 
   @property
-  def runs(self) -> tuple[tuple[MoHConfig | None, int], ...]:
-    """Consecutive layers of equal plan, as (plan, number of layers)."""
-    runs: list[tuple[MoHConfig | None, int]] = []
-    for plan in self.head_plans:
-      if runs and runs[-1][0] == plan:
-        runs[-1] = (plan, runs[-1][1] + 1)
+  def runs(self) -> tuple[Run, ...]:
+    """Consecutive layers of equal plan and context."""
+    runs: list[Run] = []
+    for plan, context in zip(self.head_plans, self.contexts, strict=True):
+      if runs and runs[-1][:2] == (plan, context):
+        runs[-1] = runs[-1]._replace(num_layers=runs[-1].num_layers + 1)
       else:
-        runs.append((plan, 1))
+        runs.append(Run(plan, context, 1))
     return tuple(runs)
 
   @property
@@ -148,30 +196,38 @@ class ModelConfig:
       + sum(self._router_params(plan) for plan in self.head_plans)
     )
 
+  def visible_fraction(self, seq_len: int) -> float:
+    """Visible (query, key) pairs over those of a model without contexts.
+
+    Args:
+      seq_len: Tokens per sequence, at least 1.
+    """
+    return sum(self._densities(seq_len)) / self.num_layers
+
   def flops_per_token(self, seq_len: int) -> float:
     """Forward FLOPs of one token, averaged over a causal sequence.
 
     Two per multiply-accumulate; a token sees (seq_len + 1) / 2 keys on
-    average. Heads that a token does not use count as free, as in the dispatch
-    execution; the dense one computes them all. Embedding lookup, norms,
-    softmax and activations are left out, the output vocabulary is in.
+    average, in layers with a context its visible share of them. Heads that a
+    token does not use count as free, as in the dispatch execution; the dense
+    one, and every layer with a context, computes them all. Embedding lookup,
+    norms, softmax and activations are left out, the output vocabulary is in.
 
     Args:
       seq_len: Tokens per sequence, at least 1.
     Source:
       MoH, https://arxiv.org/abs/2410.11842: the linear terms of its layer.
     """
-    if seq_len < 1:
-      raise ValueError(f"`seq_len` must be at least 1, got {seq_len}.")
+    densities = self._densities(seq_len)
     D, N, K, H = (
       self.embed_dim,
       self.num_heads,
       self.num_kv_heads,
       self.head_dim,
     )
-    context = (seq_len + 1) / 2
     total = 2.0 * D * self.vocab_size
-    for plan in self.head_plans:
+    for plan, density in zip(self.head_plans, densities, strict=True):
+      visible = density * (seq_len + 1) / 2
       active = self._active(plan)
       by_query = (
         plan is not None and plan.router == "query_norm" and plan.top_k > 0
@@ -179,7 +235,7 @@ class ModelConfig:
       # The query-norm router ranks heads by their queries: it needs them all.
       total += 2 * D * (N if by_query else active) * H
       total += 4 * D * K * H
-      total += 4 * active * H * context
+      total += 4 * active * H * visible
       total += 2 * active * H * D
       total += 6 * D * self.mlp_dim
       total += 2 * self._router_params(plan)
@@ -188,18 +244,32 @@ class ModelConfig:
     return total
 
   def dense(self) -> "ModelConfig":
-    """The matched baseline: the same model with every head on and ungated."""
-    return dataclasses.replace(self, head_plans=(None,) * self.num_layers)
+    """The matched baseline: every head on, ungated, and seeing everything."""
+    nothing = (None,) * self.num_layers
+    return dataclasses.replace(self, head_plans=nothing, contexts=nothing)
 
   def to_dict(self) -> dict[str, Any]:
     """A dict of JSON types; `from_dict` is its inverse."""
-    fields = dataclasses.asdict(self)
-    fields["head_plans"] = list(fields["head_plans"])
+    fields = {
+      field.name: getattr(self, field.name)
+      for field in dataclasses.fields(self)
+    }
+    fields["head_plans"] = [
+      None if plan is None else dataclasses.asdict(plan)
+      for plan in self.head_plans
+    ]
+    fields["contexts"] = [
+      None if context is None else context.to_dict()
+      for context in self.contexts
+    ]
     return fields
 
   @classmethod
   def from_dict(cls, fields: Mapping[str, Any]) -> "ModelConfig":
     """The config whose `to_dict` gave `fields`.
+
+    Fields that have a default may be missing, as `contexts` is in what
+    version 0.1.0 wrote.
 
     Raises:
       ValueError: A field is missing, or unknown to this version.
@@ -210,7 +280,22 @@ class ModelConfig:
       else _build(MoHConfig, plan, where=f"head_plans[{layer}].")
       for layer, plan in enumerate(fields.get("head_plans", ()))
     )
-    return _build(cls, {**fields, "head_plans": plans}, where="")
+    contexts = tuple(
+      None if context is None else Pattern.from_dict(context)
+      for context in fields.get("contexts", ())
+    )
+    fields = {**fields, "head_plans": plans, "contexts": contexts}
+    return _build(cls, fields, where="")
+
+  def _densities(self, seq_len: int) -> list[float]:
+    """Visible share of the causal pairs, by layer."""
+    if seq_len < 1:
+      raise ValueError(f"`seq_len` must be at least 1, got {seq_len}.")
+    of_context = {
+      context: 1.0 if context is None else context.density(seq_len)
+      for context in set(self.contexts)
+    }
+    return [of_context[context] for context in self.contexts]
 
   def _active(self, plan: MoHConfig | None) -> int:
     return self.num_heads if plan is None else plan.num_active

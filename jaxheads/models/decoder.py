@@ -1,27 +1,29 @@
-"""A decoder language model whose every layer takes its own head plan.
+"""A decoder language model whose every layer takes its own plan and context.
 
 The shape is LLaMA's: RMSNorm before attention and feed-forward, RoPE, SwiGLU,
-grouped queries, no biases. Layers of equal plan that follow each other are
-stored with a leading axis and run by one `jax.lax.scan`, so the time to
-compile depends on the number of different plans and not on the depth.
+grouped queries, no biases. Layers of equal plan and context that follow each
+other are stored with a leading axis and run by one `jax.lax.scan`, so the time
+to compile depends on the number of different ones and not on the depth.
 """
 
 import functools
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxheads.models.config import ModelConfig
+from jaxheads.models.config import ModelConfig, Run
 from jaxheads.moh import (
   MoHConfig,
   RouterParams,
   route,
   route_by_query_norm,
 )
-from jaxheads.nn import MoHAttention
+from jaxheads.moh._execution import Implementation as RoutedImplementation
+from jaxheads.nn import HeadAttention
+from jaxheads.s2 import Pattern
 
 _STDDEV = 0.02
 
@@ -77,21 +79,31 @@ class DecoderBlock(nnx.Module):
   """One layer: x + attention(norm(x)), then x + feed-forward(norm(x)).
 
   Args:
-    config: Sizes and numerics; its `head_plans` are not read.
+    config: Sizes and numerics; its `head_plans` and `contexts` are not read.
     plan: This layer's heads; `None` keeps every head on and ungated.
+    context: What each of them sees; `None` means all earlier tokens.
     rngs: Source of the initial parameters.
   """
 
   def __init__(
-    self, config: ModelConfig, plan: MoHConfig | None, *, rngs: nnx.Rngs
+    self,
+    config: ModelConfig,
+    plan: MoHConfig | None,
+    context: Pattern | None = None,
+    *,
+    rngs: nnx.Rngs,
   ) -> None:
+    implementation: str | None = config.implementation
+    if context is None and implementation not in get_args(RoutedImplementation):
+      implementation = None
     self.attention_norm = RMSNorm(config)
-    self.attention = MoHAttention(
+    self.attention = HeadAttention(
       config.num_heads,
       in_features=config.embed_dim,
       qkv_features=config.num_heads * config.head_dim,
       num_kv_heads=config.num_kv_heads,
       moh=plan,
+      pattern=context,
       rope_theta=config.rope_theta,
       dtype=jnp.dtype(config.dtype),
       param_dtype=jnp.dtype(config.param_dtype),
@@ -99,8 +111,8 @@ class DecoderBlock(nnx.Module):
       out_kernel_init=_residual_init(config),
       use_bias=False,
       decode=False,
-      execution=config.execution,
-      implementation=config.implementation,
+      execution=config.execution if context is None else None,
+      implementation=implementation,
       rngs=rngs,
     )
     self.mlp_norm = RMSNorm(config)
@@ -152,7 +164,7 @@ class DecoderLM(nnx.Module):
   has a leading axis, one entry for each layer of the run.
 
   Args:
-    config: Sizes, numerics and head plans.
+    config: Sizes, numerics, head plans and contexts.
     rngs: Source of the initial parameters: truncated normals of standard
       deviation 0.02, divided by sqrt(2 * num_layers) where a layer adds to
       the residual stream.
@@ -169,10 +181,7 @@ class DecoderLM(nnx.Module):
       rngs=rngs,
     )
     self.stacks = nnx.List(
-      [
-        _stack(config, plan, num_layers, rngs.params())
-        for plan, num_layers in config.runs
-      ]
+      [_stack(config, run, rngs.params()) for run in config.runs]
     )
     self.norm = RMSNorm(config)
     self.unembedding: nnx.Param[Array] | None
@@ -248,15 +257,14 @@ class DecoderLM(nnx.Module):
     """
     self._check_length("max_len", max_len)
     shape = (batch_size, max_len, self.config.embed_dim)
-    for stack, (_, num_layers) in zip(
-      self.stacks, self.config.runs, strict=True
-    ):
+    for stack, run in zip(self.stacks, self.config.runs, strict=True):
       stack.attention.init_cache(shape, jnp.dtype(self.config.dtype))
       one_layer = nnx.state(stack, nnx.Cache)
       nnx.update(
         stack,
         jax.tree.map(
-          lambda x, n=num_layers: jnp.zeros((n, *x.shape), x.dtype), one_layer
+          lambda x, n=run.num_layers: jnp.zeros((n, *x.shape), x.dtype),
+          one_layer,
         ),
       )
 
@@ -358,27 +366,31 @@ class DecoderLM(nnx.Module):
       )
 
 
-def _stack(
-  config: ModelConfig, plan: MoHConfig | None, num_layers: int, key: Array
-) -> DecoderBlock:
-  """Layers of equal plan as one block with a leading axis everywhere."""
+def _stack(config: ModelConfig, run: Run, key: Array) -> DecoderBlock:
+  """Layers of one run as one block with a leading axis everywhere."""
+  alike = (run.plan, run.context)
   graphdef = nnx.graphdef(
-    nnx.eval_shape(lambda: DecoderBlock(config, plan, rngs=nnx.Rngs(params=0)))
+    nnx.eval_shape(
+      lambda: DecoderBlock(config, *alike, rngs=nnx.Rngs(params=0))
+    )
   )
-  keys = jax.random.split(key, num_layers)
-  return nnx.merge(graphdef, _stack_state(keys, config=config, plan=plan))
+  keys = jax.random.split(key, run.num_layers)
+  return nnx.merge(graphdef, _stack_state(keys, config=config, alike=alike))
 
 
 # Compiled as one program: op by op, the random numbers of a block take
 # seconds to compile.
-@functools.partial(jax.jit, static_argnames=("config", "plan"))
+@functools.partial(jax.jit, static_argnames=("config", "alike"))
 def _stack_state(
-  keys: Array, *, config: ModelConfig, plan: MoHConfig | None
+  keys: Array,
+  *,
+  config: ModelConfig,
+  alike: tuple[MoHConfig | None, Pattern | None],
 ) -> nnx.State:
   """State of one block for each key, along a leading axis."""
 
   def block_state(key: Array) -> nnx.State:
-    return nnx.state(DecoderBlock(config, plan, rngs=nnx.Rngs(params=key)))
+    return nnx.state(DecoderBlock(config, *alike, rngs=nnx.Rngs(params=key)))
 
   return jax.vmap(block_state)(keys)
 

@@ -1,8 +1,8 @@
-"""Mixture-of-head attention as an NNX module."""
+"""Attention as an NNX module: routed heads, sharded contexts, or neither."""
 
+import math
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn.linear import default_kernel_init
@@ -12,27 +12,31 @@ from jaxheads.moh import (
   MoHConfig,
   RouterParams,
   Routing,
-  load_balance_loss,
   moh_attention,
-  route,
-  route_by_query_norm,
   router_shapes,
 )
-from jaxheads.moh._execution import (
-  Execution,
-  Implementation,
-  choose_execution,
+from jaxheads.moh._execution import Execution, choose_execution
+from jaxheads.nn import _cache, _checks, _dropout, _routing
+from jaxheads.nn._patterned import (
+  dense_mask,
+  patterned_attention,
+  with_causality,
 )
 from jaxheads.nn._variables import AuxLoss, RoutingStats
 from jaxheads.rope import apply_rope
+from pallas_kernels.head_attention import HeadContexts
 
 
-class MoHAttention(nnx.Module):
-  """Multi-head attention in which each token picks its heads.
+class HeadAttention(nnx.Module):
+  """Multi-head attention whose heads may be routed, sharded, both or neither.
 
   Drops in for `nnx.MultiHeadAttention`: the same arguments, call and
   parameter names (`query`, `key`, `value`, `out`), so its state can be loaded
-  into this module. With `moh=None` it computes the same.
+  into this module. With `moh=None` and `pattern=None` it computes the same.
+
+  `moh` lets each token pick its heads (see `MoHAttention`), `pattern` lets
+  each head see its own part of the context (see `S2Attention`). With both,
+  every head is computed over what it sees and then gated.
 
   After a call, `aux_loss` (an `AuxLoss`; only if heads are routed) holds the
   load-balance loss and `head_load` (a `RoutingStats`) the fraction of tokens
@@ -43,6 +47,7 @@ class MoHAttention(nnx.Module):
 
   Source:
     MoH, https://arxiv.org/abs/2410.11842.
+    S2-Attention, https://arxiv.org/abs/2407.17678.
   """
 
   def __init__(
@@ -54,7 +59,8 @@ class MoHAttention(nnx.Module):
     num_kv_heads: int | None = None,
     in_kv_features: int | None = None,
     *,
-    moh: MoHConfig | None,
+    moh: MoHConfig | None = None,
+    pattern: HeadContexts | None = None,
     rope_theta: float | None = None,
     dtype: Any = None,
     param_dtype: Any = jnp.float32,
@@ -71,7 +77,7 @@ class MoHAttention(nnx.Module):
     decode: bool = False,
     normalize_qk: bool = False,
     execution: Execution | None = None,
-    implementation: Implementation | None = None,
+    implementation: str | None = None,
     keep_rngs: bool = True,
     rngs: nnx.Rngs,
   ):
@@ -88,12 +94,14 @@ class MoHAttention(nnx.Module):
         None.
       moh: Which heads are shared and how many are picked; None for plain
         multi-head attention.
+      pattern: What each head sees, counted from the first key, padding
+        included; None for everything. See `jaxheads.s2`.
       rope_theta: Base of rotary position embeddings; None for none.
       dtype: Of the computation; inferred from inputs and parameters if None.
       param_dtype: Of the parameters.
       broadcast_dropout: Whether one dropout mask serves the whole batch.
       dropout_rate: Of attention weights; while it acts, all heads are
-        computed.
+        computed, with a `pattern` through all the weights.
       deterministic: Default of the call's argument: True switches dropout and
         the load-balance loss off. None is False here, unless there is dropout.
       precision: Of the projections.
@@ -105,8 +113,10 @@ class MoHAttention(nnx.Module):
       use_bias: Whether the projections have biases. The router never has.
       decode: Default of the call's argument: use the cache.
       normalize_qk: Layer-normalise queries and keys per head.
-      execution: See `jaxheads.moh.moh_attention`.
-      implementation: See `jaxheads.moh.moh_attention`.
+      execution: See `jaxheads.moh.moh_attention`; with a `pattern`, "dense"
+        or None.
+      implementation: See `jaxheads.moh.moh_attention`, or with a `pattern`
+        `jaxheads.attention`.
       keep_rngs: Keep a fork of `rngs` for dropout.
       rngs: Random streams `params` and `dropout`.
 
@@ -121,39 +131,26 @@ class MoHAttention(nnx.Module):
     self.in_kv_features = (
       in_features if in_kv_features is None else in_kv_features
     )
-    if num_heads < 1:
-      raise ValueError(f"`num_heads` must be at least 1, got {num_heads}.")
-    if self.num_kv_heads < 1 or num_heads % self.num_kv_heads:
-      raise ValueError(
-        f"`num_heads` must be a multiple of `num_kv_heads`, got {num_heads} "
-        f"and {self.num_kv_heads}."
-      )
-    if self.qkv_features % num_heads:
-      raise ValueError(
-        f"`qkv_features` must be a multiple of `num_heads`, got "
-        f"{self.qkv_features} and {num_heads}."
-      )
-    if moh is not None and moh.num_heads != num_heads:
-      raise ValueError(
-        f"`moh.num_heads` must equal `num_heads`, got {moh.num_heads} and "
-        f"{num_heads}."
-      )
-    if not 0.0 <= dropout_rate < 1.0:
-      raise ValueError(f"`dropout_rate` must be in [0, 1), got {dropout_rate}.")
+    _checks.check_sizes(
+      num_heads=num_heads,
+      num_kv_heads=self.num_kv_heads,
+      qkv_features=self.qkv_features,
+      moh=moh,
+      pattern=pattern,
+      rope_theta=rope_theta,
+      dropout_rate=dropout_rate,
+      execution=execution,
+    )
     self.head_dim = self.qkv_features // num_heads
-    if rope_theta is not None and self.head_dim % 2:
-      raise ValueError(
-        "`rope_theta` needs an even head size, got `qkv_features` // "
-        f"`num_heads` = {self.head_dim}."
-      )
     self.moh = moh
+    self.pattern = pattern
     self.rope_theta = rope_theta
     self.dtype = dtype
     self.broadcast_dropout = broadcast_dropout
     self.dropout_rate = dropout_rate
     self.deterministic = deterministic
     self.decode = decode
-    self.execution = execution
+    self.execution: Execution | None = execution
     self.implementation = implementation
 
     def linear(features_in: int, heads: int) -> nnx.LinearGeneral:
@@ -242,14 +239,16 @@ class MoHAttention(nnx.Module):
       inputs_k: Input of keys; `inputs_q` if None.
       inputs_v: Input of values; `inputs_k` if None.
       mask: True where a query may attend. Prefer `is_causal` and
-        `segment_ids` where they say the same: no mask is then stored.
+        `segment_ids` where they say the same: no mask is then stored, and
+        with a `pattern` no attention weights.
       deterministic: See the constructor.
       rngs: Random stream of dropout; the module's own if None.
       sow_weights: Store the attention weights [B, N, T, S] of all heads and
         the gates [B, T, N] as `nnx.Intermediate`.
       decode: Append keys and values of these tokens (one or more) to the
         cache and attend causally to all cached tokens.
-      is_causal: Queries see keys at their own index and before.
+      is_causal: Queries see keys at their own index and before; a causal
+        `pattern` says so by itself.
       positions: For RoPE; by default the index in the sequence, in decoding
         counted from the start of the cache.
       token_mask: True for real tokens. Padding tokens use no head, count in
@@ -272,10 +271,12 @@ class MoHAttention(nnx.Module):
       inputs_k = inputs_q
     self_attention = inputs_k is inputs_q
     inputs_v = inputs_k if inputs_v is None else inputs_v
-    self._check_inputs(
+    _checks.check_inputs(
       inputs_q,
       inputs_k,
       inputs_v,
+      in_features=self.in_features,
+      in_kv_features=self.in_kv_features,
       token_mask=token_mask,
       segment_ids=segment_ids,
       positions=positions,
@@ -287,22 +288,26 @@ class MoHAttention(nnx.Module):
       raise ValueError("`segment_ids` cannot be used while decoding.")
     if positions is not None and self.rope_theta is None:
       raise ValueError("`positions` has no use without `rope_theta`.")
-    deterministic = self._deterministic(deterministic)
+    deterministic = _dropout.resolve_deterministic(
+      deterministic, self.deterministic, self.dropout_rate
+    )
 
     # One batch axis inside, any number outside.
     batch_shape = inputs_q.shape[:-2]
+    batch = math.prod(batch_shape)
     length = inputs_q.shape[-2]
 
     def flat(array: Array | None, trailing: int) -> Array | None:
       if array is None:
         return None
-      return array.reshape(-1, *array.shape[array.ndim - trailing :])
+      # Not -1, which an empty array leaves open.
+      return array.reshape(batch, *array.shape[array.ndim - trailing :])
 
     x = flat(inputs_q, 2)
     assert x is not None
     if mask is not None:
       mask = jnp.broadcast_to(mask, (*batch_shape, *mask.shape[-3:])).reshape(
-        -1, *mask.shape[-3:]
+        batch, *mask.shape[-3:]
       )
     token_mask = flat(token_mask, 1)
     segment_ids = flat(segment_ids, 1)
@@ -314,7 +319,7 @@ class MoHAttention(nnx.Module):
 
     q_offset: Array | int = 0
     if decode:
-      q_offset = self._cache_index(k)
+      q_offset = _cache.tokens_so_far(self._decode_cache, k)
     q_positions = flat(positions, 1)
     if q_positions is None:
       q_positions = jnp.broadcast_to(
@@ -328,7 +333,7 @@ class MoHAttention(nnx.Module):
         )
       k = apply_rope(k, k_positions, theta=self.rope_theta)
     if decode:
-      k, v = self._update_cache(k, v)
+      k, v = _cache.append(self._decode_cache, k, v)
       is_causal = True
     kv_segment_ids = segment_ids
     if token_mask is not None and self_attention and not decode:
@@ -367,50 +372,16 @@ class MoHAttention(nnx.Module):
         (*batch, max length, features).
       dtype: Of the cached keys and values.
     """
-    size = 1
-    for axis in input_shape[:-2]:
-      size *= axis
-    shape = (size, input_shape[-2], self.num_kv_heads, self.head_dim)
-    self.cached_key = nnx.Cache(jnp.zeros(shape, dtype))
-    self.cached_value = nnx.Cache(jnp.zeros(shape, dtype))
-    self.cache_index = nnx.Cache(jnp.zeros((), jnp.int32))
+    if self.pattern is not None:
+      self.pattern.check_lengths(input_shape[-2], input_shape[-2])
+    self.cached_key, self.cached_value, self.cache_index = _cache.empty(
+      input_shape, self.num_kv_heads, self.head_dim, dtype
+    )
 
-  def _check_inputs(
-    self, inputs_q: Array, inputs_k: Array, inputs_v: Array, **per_token: Any
-  ) -> None:
-    """Names the argument that does not fit, in the caller's terms."""
-    if inputs_q.ndim < 2 or inputs_q.shape[-1] != self.in_features:
-      raise ValueError(
-        f"`inputs_q` must be [*batch, T, {self.in_features}], "
-        f"got {list(inputs_q.shape)}."
-      )
-    batch_shape = inputs_q.shape[:-2]
-    for name, array in (("inputs_k", inputs_k), ("inputs_v", inputs_v)):
-      expected = (*batch_shape, inputs_k.shape[-2], self.in_kv_features)
-      if array.shape != expected:
-        raise ValueError(
-          f"`{name}` must be {[*batch_shape, 'S', self.in_kv_features]} to "
-          f"fit `inputs_q`, with one S for keys and values, "
-          f"got {list(array.shape)}."
-        )
-    for name, array in per_token.items():
-      if array is not None and array.shape != inputs_q.shape[:-1]:
-        raise ValueError(
-          f"`{name}` must be {list(inputs_q.shape[:-1])} to fit `inputs_q`, "
-          f"got {list(array.shape)}."
-        )
-
-  def _deterministic(self, deterministic: bool | None) -> bool:
-    if deterministic is None:
-      deterministic = self.deterministic
-    if deterministic is None:
-      if self.dropout_rate > 0:
-        raise ValueError(
-          "`deterministic` must be given, to the call or the constructor, "
-          "because `dropout_rate` > 0."
-        )
-      deterministic = False
-    return deterministic
+  @property
+  def _decode_cache(self) -> _cache.Cache:
+    variables: Any = (self.cached_key, self.cached_value, self.cache_index)
+    return _cache.Cache(*variables)
 
   def _attend(
     self,
@@ -429,15 +400,19 @@ class MoHAttention(nnx.Module):
     dropout = self.dropout_rate > 0 and not deterministic
     weights_fn = None
     if dropout or sow_weights:
-      key = self._dropout_key(rngs) if dropout else None
+      key = _dropout.next_key(rngs, self.rngs) if dropout else None
 
       def weights_fn(weights: Array) -> Array:
         if sow_weights:
           self.sow(nnx.Intermediate, "attention_weights", weights)
-        return weights if key is None else self._drop(weights, key)
+        if key is None:
+          return weights
+        return _dropout.drop(
+          weights, key, rate=self.dropout_rate, broadcast=self.broadcast_dropout
+        )
 
     execution = self._execution(
-      x.shape[1], needs_weights=dropout or sow_weights
+      x.shape[1], needs_weights=weights_fn is not None
     )
     by_norm = self.moh is not None and self.moh.router == "query_norm"
     kernels: dict[str, Any]
@@ -469,6 +444,33 @@ class MoHAttention(nnx.Module):
     self._report(routing, token_mask, deterministic)
     if sow_weights and routing is not None:
       self.sow(nnx.Intermediate, "gates", routing.gates)
+    implementation = self.implementation
+    if self.pattern is not None:
+      if weights_fn is None and visibility["mask"] is None:
+        del visibility["mask"]
+        return patterned_attention(
+          k=k,
+          v=v,
+          gates=None if routing is None else routing.gates,
+          pattern=self.pattern,
+          implementation=implementation,
+          **kernels,
+          **visibility,
+        )
+      visibility["mask"] = dense_mask(
+        with_causality(self.pattern, visibility["is_causal"]),
+        visibility["mask"],
+        shape=(x.shape[0], x.shape[1], k.shape[1]),
+        q_offset=visibility["q_offset"],
+        why=(
+          "`dropout_rate` above 0 while training"
+          if dropout
+          else "`sow_weights`"
+          if sow_weights
+          else "`mask`"
+        ),
+      )
+      implementation = None
     return moh_attention(
       x_in,
       k,
@@ -478,7 +480,7 @@ class MoHAttention(nnx.Module):
       q_positions=q_positions,
       weights_fn=weights_fn,
       execution=execution,
-      implementation=self.implementation,
+      implementation=implementation,  # type: ignore[arg-type]
       **kernels,
       **visibility,
     )
@@ -489,7 +491,7 @@ class MoHAttention(nnx.Module):
       and self.moh.router == "query_norm"
       and self.moh.straight_through == "dense"
     )
-    if needs_weights or unselected_heads_learn:
+    if needs_weights or unselected_heads_learn or self.pattern is not None:
       return "dense"
     if self.execution is None:
       return choose_execution(length)
@@ -501,25 +503,20 @@ class MoHAttention(nnx.Module):
     q: Float[Array, "B T N H"] | None,
     token_mask: Bool[Array, "B T"] | None,
   ) -> Routing | None:
-    if self.moh is None:
-      if token_mask is None:
-        return None
-      mask = jnp.broadcast_to(
-        token_mask[..., None], (*x.shape[:2], self.num_heads)
-      )
-      return Routing(
-        mask, mask.astype(jnp.float32), jnp.zeros((*x.shape[:2], 0))
-      )
-    if self.moh.router == "query_norm":
-      assert q is not None
-      return route_by_query_norm(q, self.moh, token_mask=token_mask)
     params = RouterParams(
       *(
         None if param is None else param[...]
         for param in (self.router_routed, self.router_kind, self.router_shared)
       )
     )
-    return route(x, params, self.moh, token_mask=token_mask)
+    return _routing.pick_heads(
+      x,
+      q,
+      moh=self.moh,
+      params=params,
+      num_heads=self.num_heads,
+      token_mask=token_mask,
+    )
 
   def _report(
     self,
@@ -531,73 +528,10 @@ class MoHAttention(nnx.Module):
     if self.moh is None or routing is None:
       return
     assert self.head_load is not None
-    weight = (
-      jnp.ones(routing.mask.shape[:2], jnp.float32)
-      if token_mask is None
-      else token_mask.astype(jnp.float32)
-    )
-    load = jnp.einsum("bt,btn->n", weight, routing.mask.astype(jnp.float32))
-    self.head_load[...] = load / jnp.maximum(weight.sum(), 1.0)
+    self.head_load[...] = _routing.head_load(routing, token_mask)
     if self.aux_loss is not None:
       self.aux_loss[...] = (
         jnp.zeros((), jnp.float32)
         if deterministic
-        else load_balance_loss(
-          routing.probs,
-          routing.mask[..., self.moh.num_shared :],
-          token_mask=token_mask,
-        )
+        else _routing.balance_loss(routing, self.moh, token_mask)
       )
-
-  def _dropout_key(self, rngs: nnx.Rngs | nnx.RngStream | None) -> Array:
-    if rngs is None:
-      rngs = self.rngs
-    elif isinstance(rngs, nnx.Rngs):
-      rngs = rngs.dropout
-    if rngs is None:
-      raise ValueError(
-        "`rngs` must be given to the call: the module was made with "
-        "`keep_rngs=False`."
-      )
-    return rngs()
-
-  def _drop(self, weights: Array, key: Array) -> Array:
-    shape = weights.shape
-    if self.broadcast_dropout:
-      shape = (1, 1, *weights.shape[-2:])
-    keep = jax.random.bernoulli(key, 1.0 - self.dropout_rate, shape)
-    return jnp.where(keep, weights / (1.0 - self.dropout_rate), 0.0)
-
-  def _cache_index(self, k: Float[Array, "B T K H"]) -> Int[Array, ""]:
-    """Tokens in the cache so far."""
-    if self.cached_key is None or self.cache_index is None:
-      raise ValueError("The cache is not there: call `init_cache` first.")
-    batch, max_length, kv_heads, head_dim = self.cached_key.shape
-    expected = (batch, kv_heads, head_dim)
-    got = (k.shape[0], k.shape[2], k.shape[3])
-    if got != expected or k.shape[1] > max_length:
-      raise ValueError(
-        f"`inputs_q` does not fit the cache: keys are {k.shape}, the cache is "
-        f"{self.cached_key.shape}."
-      )
-    return self.cache_index[...]
-
-  def _update_cache(
-    self, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"]
-  ) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]]:
-    """Writes new keys and values; returns the whole cache."""
-    assert self.cached_key is not None
-    assert self.cached_value is not None
-    assert self.cache_index is not None
-    index = self.cache_index[...]
-    start = (jnp.zeros_like(index), index, 0, 0)
-    cached = []
-    for cache, new in ((self.cached_key, k), (self.cached_value, v)):
-      value = cache[...]
-      value = jax.lax.dynamic_update_slice(
-        value, new.astype(value.dtype), start
-      )
-      cache[...] = value
-      cached.append(value.astype(new.dtype))
-    self.cache_index[...] = index + k.shape[1]
-    return cached[0], cached[1]

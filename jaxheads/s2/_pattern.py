@@ -114,9 +114,12 @@ class Pattern(HeadContexts):
     Args:
       i: Query block, from 0.
     Raises:
-      ValueError: The pattern is not KV-efficient: nothing could be freed. The
-        message names the head, row and column.
+      ValueError: The pattern does not reach row i, or is not KV-efficient:
+        nothing could be freed. The message names the head, row and column.
     """
+    if i < 0:
+      raise ValueError(f"`i` must be at least 0, got {i}.")
+    self.check_lengths((i + 1) * self.block_size, (i + 1) * self.block_size)
     returned = self._first_return()
     if returned is not None:
       head, row, column = returned
@@ -214,17 +217,18 @@ class Pattern(HeadContexts):
 
   def _telling_blocks(self) -> int:
     """So many blocks, and the pattern repeats or ends."""
-    reach, period, covered = 1, 1, None
+    near, sinks, period, covered = 1, 0, 1, None
     for rule in self.distinct_rules:
       if isinstance(rule, Strided):
-        reach = max(reach, rule.local, rule.sinks)
+        near, sinks = max(near, rule.local), max(sinks, rule.sinks)
         period = math.lcm(period, max(rule.stride, 1))
       elif isinstance(rule, Ranged):
-        reach = max(reach, rule.near)
+        near = max(near, rule.near)
         period = math.lcm(period, rule.near_stride, rule.far_stride)
       else:
         covered = min(covered or rule.rows, rule.rows, rule.columns)
-    return reach + 2 * period if covered is None else covered
+    # The last row sees, between its window and the sinks, a whole period.
+    return sinks + near + 2 * period if covered is None else covered
 
   def _first_return(self) -> tuple[int, int, int] | None:
     """(head, row, column) of a block that comes back into sight, if any."""

@@ -3,20 +3,24 @@
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib.colors import ListedColormap
-from matplotlib.figure import Figure
 
 if TYPE_CHECKING:
+  from matplotlib.figure import Figure
+
   from jaxheads.s2._pattern import Pattern
 
 # Apart in grey, and for colour-blind readers.
-_SEEN = ListedColormap(["#f1f0ea", "#24618e"])
+_SEEN = ["#f1f0ea", "#24618e"]
 _MAX_HEADS = 11
 _COLUMNS = 4
 
 
-def plot(pattern: "Pattern", length: int) -> Figure:
+def plot(pattern: "Pattern", length: int) -> "Figure":
   """See `Pattern.plot`."""
+  # Who only wants a layer does not wait for matplotlib.
+  from matplotlib.colors import ListedColormap
+  from matplotlib.figure import Figure
+
   masks = pattern.block_masks(length)
   distinct = pattern.distinct_rules
   shown = distinct[:_MAX_HEADS]
@@ -30,7 +34,11 @@ def plot(pattern: "Pattern", length: int) -> Figure:
   for axis, rule in zip(axes, shown, strict=False):
     heads = [n for n, other in enumerate(pattern.rules) if other == rule]
     axis.imshow(
-      masks[heads[0]], cmap=_SEEN, vmin=0, vmax=1, interpolation="nearest"
+      masks[heads[0]],
+      cmap=ListedColormap(_SEEN),
+      vmin=0,
+      vmax=1,
+      interpolation="nearest",
     )
     _label(axis, _heads(heads))
   union = masks.sum(axis=0)

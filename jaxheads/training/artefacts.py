@@ -21,11 +21,17 @@ _LOAD_BATCHES = 8
 
 
 def label(model_config: ModelConfig) -> str:
-  """What tables and figures call a model: "MoH 75 %" or "dense"."""
-  if not any(model_config.head_plans):
-    return "dense"
-  share = 100 * model_config.active_heads / model_config.total_heads
-  return f"MoH {share:.3g} %"
+  """What tables and figures call a model, such as "MoH 75 %" or "dense".
+
+  "S2" has a context in every layer, "S2 hybrid" in some.
+  """
+  parts = []
+  if any(model_config.head_plans):
+    share = 100 * model_config.active_heads / model_config.total_heads
+    parts.append(f"MoH {share:.3g} %")
+  if any(model_config.contexts):
+    parts.append("S2" if all(model_config.contexts) else "S2 hybrid")
+  return " + ".join(parts) or "dense"
 
 
 def write_all(
@@ -38,6 +44,7 @@ def write_all(
 ) -> dict[str, Any]:
   """Figures, sample and summary.json; returns what is in the last."""
   draw_losses(run)
+  draw_contexts(run, model_config, seq_len=config.seq_len)
   if hasattr(model, "head_activity"):
     draw_head_load(run, model, model_config, evaluator, tokenizer)
   if isinstance(model, DecoderLM):
@@ -55,6 +62,20 @@ def draw_losses(run: RunFolder) -> None:
       _, model_config = folder.read_config()
       runs[label(model_config)] = read_metrics(folder.metrics_file)
   figures.plot_losses(runs, run.figures / "loss.png")
+
+
+def draw_contexts(
+  run: RunFolder, model_config: ModelConfig, *, seq_len: int
+) -> bool:
+  """figures/contexts.png: what each head sees; False where all see all.
+
+  Of several patterns, the first layer's; `Pattern.plot` draws the others.
+  """
+  patterns = [context for context in model_config.contexts if context]
+  if not patterns:
+    return False
+  figures.save(patterns[0].plot(seq_len), run.figures / "contexts.png")
+  return True
 
 
 def draw_head_load(
@@ -136,6 +157,7 @@ def summarise(
     "active_heads_fraction": (
       model_config.active_heads / model_config.total_heads
     ),
+    "visible_keys_fraction": model_config.visible_fraction(seq_len),
     "flops_per_token": model_config.flops_per_token(seq_len),
     # The median leaves compilation and pauses out.
     "tokens_per_s": statistics.median(rates) if rates else 0.0,

@@ -352,16 +352,19 @@ def _check_model(
     record = ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(
       folder / "record"
     )
-    saved = record["model"]
+    # Filled up with the defaults of fields that it was written without.
+    saved = _json(ModelConfig.from_dict(record["model"]))
   except Exception as error:
     raise BadCheckpoint(_one_line(error)) from error
-  expected = json.loads(json.dumps(model_config.to_dict()))
+  expected = _json(model_config)
   # How a model is computed may change between runs, what it is may not.
   free = {"execution", "implementation", "remat", "dtype"}
   differing = [
-    f"`{name}` is {saved.get(name)} there and {value} here"
+    f"`{name}` differs"
+    if len(f"{saved[name]}{value}") > 200
+    else f"`{name}` is {saved[name]} there and {value} here"
     for name, value in expected.items()
-    if name not in free and saved.get(name) != value
+    if name not in free and saved[name] != value
   ]
   if differing:
     raise UserError(
@@ -369,6 +372,10 @@ def _check_model(
       "resume without model flags, or start a new run"
     )
   return record
+
+
+def _json(config: ModelConfig) -> dict[str, Any]:
+  return json.loads(json.dumps(config.to_dict()))
 
 
 def _restore_arrays(folder: pathlib.Path, name: str, like: Any) -> Any:

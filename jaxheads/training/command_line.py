@@ -29,11 +29,11 @@ class Command:
   """
 
   preset: str = "tiny"
-  """Defaults to start from: tiny, smoke, llm-s or llm-b."""
+  """Defaults to start from: tiny, smoke, tiny-s2, smoke-s2, llm-s or llm-b."""
   config: str | None = None
   """YAML or JSON file of defaults; its keys are the flags below."""
   out: str | None = None
-  """Folder of the run. Default: runs/train_moh-<date>-<time>."""
+  """Folder of the run. Default: runs/<script>-<date>-<time>."""
   resume: str | None = None
   """Continue a run exactly: the newest one, or the one in the folder named."""
   compile_cache: str | None = None
@@ -61,19 +61,26 @@ class Request:
 
 
 def parse(
-  argv: Sequence[str] | None = None, *, prog: str = "train_moh.py"
+  argv: Sequence[str] | None = None,
+  *,
+  prog: str = "train_moh.py",
+  preset: str = "tiny",
+  what: str = "a mixture-of-head language model",
 ) -> Request:
   """The request that the arguments make.
 
   Args:
     argv: Without the program's name; None takes `sys.argv`.
-    prog: What the help calls the program.
+    prog: What the help calls the program; runs are named after it.
+    preset: What `--preset` is by default.
+    what: What the program trains, for the help.
   Raises:
     UserError: A flag, key or value that is not known or does not fit.
     SystemExit: After `--help`.
   """
   argv = _name_newest(list(sys.argv[1:] if argv is None else argv))
   first = _first_phase(argv)
+  script = pathlib.Path(prog).stem
   run = None
   if first.resume is not None:
     if first.preset is not None or first.config is not None:
@@ -81,13 +88,14 @@ def parse(
         "`--resume` continues a run under its own config: leave out "
         "`--preset` and `--config`"
       )
-    run = _resumed(first.resume, first.out)
+    run = _resumed(first.resume, first.out, script)
     defaults, _ = run.read_config()
   else:
-    defaults = _defaults(first)
-  command = _second_phase(argv, defaults, prog)
+    defaults = _defaults(first, preset)
+  default = Command(preset=preset, train=defaults)
+  command = _second_phase(argv, default, prog, what)
   if run is None:
-    path = command.out or run_folder.default_path()
+    path = command.out or run_folder.default_path(script=script)
     run = RunFolder(pathlib.Path(path))
     if run.holds_run:
       raise UserError(
@@ -127,20 +135,20 @@ def _first_phase(argv: list[str]) -> argparse.Namespace:
     raise UserError(f"`{error.argument_name}` needs a value") from error
 
 
-def _defaults(first: argparse.Namespace) -> TrainConfig:
+def _defaults(first: argparse.Namespace, preset: str) -> TrainConfig:
   values = {}
   if first.config is not None:
     values = configfile.read(first.config)
   # A file may name its own preset; the flag wins.
   in_file = values.pop("preset", None)
-  config = presets.get(first.preset or in_file or "tiny")
+  config = presets.get(first.preset or in_file or preset)
   return configfile.override(config, values, where=f"`--config` {first.config}")
 
 
-def _resumed(resume: str, out: str | None) -> RunFolder:
+def _resumed(resume: str, out: str | None, script: str) -> RunFolder:
   if resume == _NEWEST:
     if out is None:
-      return run_folder.newest()
+      return run_folder.newest(script=script)
     resume = out
   run = RunFolder(pathlib.Path(resume))
   if out is not None and pathlib.Path(out) != run.path:
@@ -152,18 +160,20 @@ def _resumed(resume: str, out: str | None) -> RunFolder:
   return run
 
 
-def _second_phase(argv: list[str], defaults: TrainConfig, prog: str) -> Command:
-  """All flags, over `defaults`; tyro's complaints become one line."""
+def _second_phase(
+  argv: list[str], default: Command, prog: str, what: str
+) -> Command:
+  """All flags, over `default`; tyro's complaints become one line."""
   complaint = io.StringIO()
   try:
     with contextlib.redirect_stderr(complaint):
       return tyro.cli(
         Command,
         args=argv,
-        default=Command(train=defaults),
+        default=default,
         prog=prog,
         description=(
-          "Trains a mixture-of-head language model on whatever JAX sees. "
+          f"Trains {what} on whatever JAX sees. "
           "Flags override --config, which overrides --preset."
         ),
       )

@@ -32,6 +32,14 @@ def put_batch(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, Any]:
   }
 
 
+def on_one_device(tree: Any) -> Any:
+  """Replicated arrays as arrays of this process's first device."""
+  device = jax.local_devices()[0]
+  return jax.tree.map(
+    lambda x: jax.device_put(x.addressable_data(0), device), tree
+  )
+
+
 def check_batch_size(batch_size: int, mesh: Mesh, *, accumulate: int) -> None:
   """`UserError` unless every device gets the same number of rows."""
   divisor = mesh.size * accumulate

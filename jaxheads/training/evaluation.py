@@ -37,6 +37,13 @@ class Evaluation:
   bits_per_byte: float
   num_tokens: int
 
+  def scalars(self) -> dict[str, float]:
+    """What the metrics record besides the loss."""
+    return {"validation_bits_per_byte": self.bits_per_byte}
+
+  def __str__(self) -> str:
+    return f"{self.loss:.4f} nats/token, {self.bits_per_byte:.4f} bits/byte"
+
 
 class Evaluator:
   """Validates on a fixed set of batches.

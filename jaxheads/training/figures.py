@@ -145,7 +145,7 @@ def plot_losses(
     MaxNLocator(integer=True, steps=[1, 2, 5, 10])
   )
   axes[-1].xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
-  _save(figure, path)
+  save(figure, path)
 
 
 def plot_head_load(
@@ -257,7 +257,7 @@ def plot_head_load(
       x=0.99,
       ha="right",
     )
-  _save(figure, path)
+  save(figure, path)
 
 
 def byte_classes(
@@ -430,8 +430,12 @@ def _mark_kinds(axes: Axes, num_shared: int, num_heads: int) -> None:
     axes.axvline(num_shared, color="#D55E00", linewidth=2.4, zorder=4)
 
 
-def _save(figure: Figure, path: str | os.PathLike[str]) -> None:
-  """Writes the PNG beside its place, then moves it there."""
+def save(figure: Figure, path: str | os.PathLike[str]) -> None:
+  """Writes a figure as PNG beside its place, then moves it there.
+
+  Raises:
+    UserError: The file cannot be written.
+  """
   path = pathlib.Path(path)
   temporary = path.with_name(f".{path.name}.tmp")
   try:

@@ -1,8 +1,11 @@
 """A whole job: one run, its dense baseline if asked for, and what to print."""
 
+import contextlib
 import dataclasses
+import pathlib
 import sys
 import time
+from collections.abc import Iterator
 
 import jax
 
@@ -14,7 +17,8 @@ from jaxheads.training.checkpoint import quiet_storage, storage_reason
 from jaxheads.training.command_line import Request
 from jaxheads.training.config import TrainConfig
 from jaxheads.training.console import Reporter
-from jaxheads.training.loop import Interrupted, check_sizes, train
+from jaxheads.training.fit import Interrupted
+from jaxheads.training.loop import check_sizes, train
 from jaxheads.training.run_folder import RunFolder
 
 
@@ -25,27 +29,44 @@ def run_job(request: Request) -> None:
     UserError: A mistake of the user, a full disk, a loss that is not finite.
     SystemExit: After a signal; status 0 for SIGTERM, 130 for Ctrl-C.
   """
-  started = time.monotonic()
-  reporter = Reporter()
   if request.compile_cache is not None:
     jax.config.update("jax_compilation_cache_dir", request.compile_cache)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+  reporter = Reporter()
+  with told(reporter, request.run.path, resume=f"--resume {request.run.path}"):
+    _run(request, reporter)
+
+
+@contextlib.contextmanager
+def told(
+  reporter: Reporter, folder: pathlib.Path, *, resume: str
+) -> Iterator[None]:
+  """A script's work: how long it took, or in one line why it ended early.
+
+  Args:
+    reporter: Prints.
+    folder: Where the script writes.
+    resume: Flags with which it continues.
+  Raises:
+    UserError: A mistake of the user, a full disk, a loss that is not finite.
+    SystemExit: After a signal; status 0 for SIGTERM, 130 for Ctrl-C.
+  """
+  started = time.monotonic()
   quiet_storage()
   signals.exit_on_sigterm()
   try:
-    _run(request, reporter)
+    yield
   except Interrupted as stop:
-    folder = request.run.path
     what = f"saved at step {stop.step}" if stop.step else "nothing to save yet"
-    reporter.say(f"{stop.signal_name}: {what}; continue with --resume {folder}")
+    reporter.say(f"{stop.signal_name}: {what}; continue with {resume}")
     sys.exit(0 if stop.signal_name == "SIGTERM" else 130)
   except OSError as error:
     reason = storage_reason(error)
     if reason is None:
       raise
     raise UserError(
-      f"{error.filename or request.run.path} could not be written: {reason}; "
-      f"what is saved is intact: continue with `--resume {request.run.path}`"
+      f"{error.filename or folder} could not be written: {reason}; "
+      f"what is saved is intact: continue with `{resume}`"
     ) from error
   reporter.say(f"done in {console.clock(time.monotonic() - started)}")
 
@@ -79,7 +100,7 @@ def _run(request: Request, reporter: Reporter) -> None:
         dataclasses.replace(
           config,
           baseline=False,
-          model=dataclasses.replace(config.model, router="none"),
+          model=config.model.dense(),
         ),
         model_config.dense(),
         run.baseline,
@@ -114,6 +135,7 @@ def _run(request: Request, reporter: Reporter) -> None:
     ("tensorboard", run.path / "tensorboard"),
     ("loss curves", run.figures / "loss.png"),
     ("head load", run.figures / "head_load.png"),
+    ("contexts", run.figures / "contexts.png"),
     ("sample", run.sample_file),
     ("summary", run.summary_file),
     ("dense run", run.baseline.path),
@@ -189,7 +211,8 @@ def _describe_model(config: ModelConfig, seq_len: int) -> str:
     f"{config.embed_dim}, {config.num_heads} heads of {config.head_dim} "
     f"({config.num_kv_heads} key-value), "
     f"{console.quantity(config.num_params)} parameters, {share:.1f} % of heads "
-    f"active, {console.quantity(config.flops_per_token(seq_len))} FLOPs/token"
+    f"active, {100 * config.visible_fraction(seq_len):.1f} % of keys visible, "
+    f"{console.quantity(config.flops_per_token(seq_len))} FLOPs/token"
   )
 
 

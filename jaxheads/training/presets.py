@@ -5,10 +5,10 @@ from jaxheads.training import configfile
 from jaxheads.training.config import (
   CheckpointOptions,
   EvaluationOptions,
-  ModelOptions,
   OptimizerOptions,
   TrainConfig,
 )
+from jaxheads.training.model_options import ModelOptions, S2Options
 
 # Two CPU cores, about five minutes, compile included.
 # Small batches: at equal tokens they learn more than larger ones here.
@@ -31,6 +31,31 @@ SMOKE = TrainConfig(
   optimizer=OptimizerOptions(warmup_steps=2),
   evaluation=EvaluationOptions(every=5, batches=2, sample_tokens=16),
   checkpoint=CheckpointOptions(every=5),
+)
+
+# The same size at four times the length, where the past is worth sharding:
+# four key-value heads own a quarter of it each, and the middle layer sees all.
+TINY_S2 = TrainConfig(
+  seq_len=1024,
+  batch_size=2,
+  steps=500,
+  model=ModelOptions(
+    router="none",
+    max_seq_len=1024,
+    s2=S2Options(stride=4, block_size=32, local_blocks=4, dense_layers=(1,)),
+  ),
+)
+
+# As `SMOKE`, with one sharded layer and one dense one.
+SMOKE_S2 = configfile.override(
+  SMOKE,
+  {
+    "model": {
+      "router": "none",
+      "num_layers": 2,
+      "s2": {"stride": 2, "block_size": 4, "local_blocks": 1},
+    }
+  },
 )
 
 # MoH paper, appendix B.3 (arXiv 2410.11842): 4 M tokens a step, 100 B tokens,
@@ -56,7 +81,14 @@ LLM_B = configfile.override(
   },
 )
 
-PRESETS = {"tiny": TINY, "smoke": SMOKE, "llm-s": LLM_S, "llm-b": LLM_B}
+PRESETS = {
+  "tiny": TINY,
+  "smoke": SMOKE,
+  "tiny-s2": TINY_S2,
+  "smoke-s2": SMOKE_S2,
+  "llm-s": LLM_S,
+  "llm-b": LLM_B,
+}
 
 
 def get(name: str) -> TrainConfig:

@@ -22,7 +22,7 @@ class RunFolder:
   config.json      the whole TrainConfig and ModelConfig
   checkpoints/     one folder per saved step, one .crc32.json beside each
   metrics.jsonl    one record per logged step; tensorboard/ holds the same
-  figures/         loss.png, head_load.png
+  figures/         loss.png, head_load.png, contexts.png
   sample.txt  summary.json
   baseline/        the same again for the dense model, with --baseline
   ```
@@ -116,22 +116,26 @@ class RunFolder:
       ) from error
 
 
-def default_path(root: str | pathlib.Path = "runs") -> pathlib.Path:
-  """runs/train_moh-<date>-<time>, a name not taken yet."""
+def default_path(
+  root: str | pathlib.Path = "runs", *, script: str = "train_moh"
+) -> pathlib.Path:
+  """runs/<script>-<date>-<time>, a name not taken yet."""
   stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-  path = pathlib.Path(root) / f"train_moh-{stamp}"
+  path = pathlib.Path(root) / f"{script}-{stamp}"
   for attempt in range(2, 100):
     if not path.exists():
       break
-    path = path.with_name(f"train_moh-{stamp}-{attempt}")
+    path = path.with_name(f"{script}-{stamp}-{attempt}")
   return path
 
 
-def newest(root: str | pathlib.Path = "runs") -> RunFolder:
-  """The run started last under `root`; `UserError` if there is none."""
+def newest(
+  root: str | pathlib.Path = "runs", *, script: str = "train_moh"
+) -> RunFolder:
+  """The script's run started last under `root`; `UserError` if none is."""
   runs = [
     RunFolder(file.parent)
-    for file in pathlib.Path(root).glob("train_moh-*/config.json")
+    for file in pathlib.Path(root).glob(f"{script}-*/config.json")
   ]
   if not runs:
     raise UserError(

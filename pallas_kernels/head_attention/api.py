@@ -90,13 +90,12 @@ def head_attention(
   if q_offset is None:
     q_offset = k.shape[1] - q.shape[1]
   static = None if isinstance(q_offset, jax.Array) else int(q_offset)
-  if static is not None:
-    if static < 0:
-      raise ValueError(
-        f"`q_offset` must not be negative, got {static}; with more queries "
-        "than keys, pass `q_offset=0`."
-      )
-    pattern.check_lengths(static + q.shape[1], k.shape[1])
+  if static is not None and static < 0:
+    raise ValueError(
+      f"`q_offset` must not be negative, got {static}; with more queries "
+      "than keys, pass `q_offset=0`."
+    )
+  pattern.check_lengths((static or 0) + q.shape[1], k.shape[1])
   settings = Settings(
     pattern=pattern,
     scale=q.shape[-1] ** -0.5 if scale is None else float(scale),
@@ -183,9 +182,13 @@ def _with_sinks(
   sinks: Float[Array, " N"],
 ) -> tuple[Array, Array]:
   """The same softmax with one more logit, whose value is zero."""
-  sink = sinks.astype(jnp.float32)[None, :, None]
-  total = jnp.logaddexp(lse, sink)
-  share = jnp.exp(lse - total).swapaxes(1, 2)[..., None]
+  sink = jnp.broadcast_to(sinks.astype(jnp.float32)[None, :, None], lse.shape)
+  # Neither a key nor a sink: -inf - -inf would be NaN, here and in gradients.
+  nothing = (lse == -jnp.inf) & (sink == -jnp.inf)
+  safe_lse = jnp.where(nothing, 0.0, lse)
+  total = jnp.logaddexp(safe_lse, jnp.where(nothing, 0.0, sink))
+  share = jnp.exp(safe_lse - total).swapaxes(1, 2)[..., None]
+  total = jnp.where(nothing, -jnp.inf, total)
   return (out.astype(jnp.float32) * share).astype(out.dtype), total
 
 

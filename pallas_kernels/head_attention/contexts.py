@@ -94,10 +94,9 @@ class Ranged:
 
   def keep(self, i: Any, j: Any) -> Any:
     """True where query block i sees key block j; arrays broadcast."""
-    is_near = i - j < self.near
-    near = j % self.near_stride == self.near_residue
-    far = j % self.far_stride == self.far_residue
-    return (j <= i) & ((is_near & near) | (~is_near & far))
+    near = (i - j < self.near) & (j % self.near_stride == self.near_residue)
+    far = (i - j >= self.near) & (j % self.far_stride == self.far_residue)
+    return (j <= i) & (near | far)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

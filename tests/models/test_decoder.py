@@ -32,11 +32,9 @@ GRADIENTS = dict(rtol=2e-5, atol=2e-5)
 
 def layer_blocks(model):
   """Every layer as a block of its own, cut out of the stacks."""
-  for stack, (_, num_layers) in zip(
-    model.stacks, model.config.runs, strict=True
-  ):
+  for stack, run in zip(model.stacks, model.config.runs, strict=True):
     graphdef, state = nnx.split(stack)
-    for index in range(num_layers):
+    for index in range(run.num_layers):
       # NumPy cuts without compiling a program for every shape.
       yield nnx.merge(
         graphdef, jax.tree.map(lambda x, i=index: np.asarray(x)[i], state)

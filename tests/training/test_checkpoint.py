@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxheads import s2
 from jaxheads.errors import UserError
 from jaxheads.training import checkpoint
 from jaxheads.training.checkpoint import Checkpointer, restore_newest
@@ -214,3 +215,25 @@ def test_the_manifest_names_every_array_file(tmp_path):
     }
     assert data
     assert data <= set(manifest["files"])
+
+
+def test_a_checkpoint_from_before_contexts_is_of_the_same_model(tmp_path):
+  directory = tmp_path / "c"
+  fields = MODEL.to_dict()
+  del fields["contexts"]
+  checkpointer = Checkpointer(directory, keep=1)
+  checkpointer.save(
+    1, state_of(1), record={"model": fields, "data": {"next": 10}}
+  )
+  checkpointer.close()
+  assert_step(restore(directory), 1)
+
+
+def test_other_contexts_are_another_model(tmp_path):
+  save(tmp_path / "c", [2.0])
+  other = dataclasses.replace(
+    MODEL,
+    contexts=(s2.dense(MODEL.num_heads, block_size=4),) * MODEL.num_layers,
+  )
+  with pytest.raises(UserError, match="another model: `contexts`"):
+    restore(tmp_path / "c", model=other)

@@ -88,7 +88,11 @@ def test_presets_build(name):
   config = presets.get(name)
   model = config.model.build(257)
   assert config.seq_len <= model.max_seq_len
-  assert model.active_heads == 0.75 * model.total_heads
+  sharded = name.endswith("-s2")
+  active = 1.0 if sharded else 0.75
+  assert model.active_heads == active * model.total_heads
+  assert any(model.contexts) == sharded
+  assert not all(model.contexts)
 
 
 def test_one_number_counts_for_every_layer():

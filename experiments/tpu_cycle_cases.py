@@ -1,0 +1,174 @@
+"""What `bench_tpu_cycles.py` compiles: our kernel and splash attention.
+
+Each case is compiled in a process of its own, because the TPU compiler reads
+its flags once.
+"""
+
+import dataclasses
+import os
+import pathlib
+import tempfile
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.pallas.ops.tpu.splash_attention import (
+  splash_attention_kernel as splash_kernel,
+)
+from jax.experimental.pallas.ops.tpu.splash_attention import (
+  splash_attention_mask as splash_mask,
+)
+
+from pallas_kernels import aot, aot_bundles
+from pallas_kernels.head_attention import (
+  HeadContexts,
+  Strided,
+  Tiling,
+  head_attention,
+)
+
+HEAD_SIZE = 128
+# Splash attention takes masks token by token; its code does not know the
+# length, so a short one will do.
+_SPLASH_LENGTH = 4096
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+  """One compile, forward and backward.
+
+  Attributes:
+    chip: As in `aot.compile_for`.
+    kernel: "ours", "splash fused" or "splash unfused" (its backward).
+    mask: "causal"; "none" (splash only); "s2", heads that differ in their
+      residue.
+    block_q, block_kv: The tile.
+  """
+
+  chip: str
+  kernel: str
+  mask: str
+  block_q: int
+  block_kv: int
+
+  def __str__(self) -> str:
+    tile = f"{self.block_q} x {self.block_kv}"
+    return f"{self.chip} {self.kernel} {self.mask} {tile}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+  """Strided heads of equal width; every head has a residue of its own."""
+
+  length: int = 32768
+  block: int = 64
+  local: int = 8
+  stride: int = 16
+  heads: int = 16
+
+  def pattern(self, heads: int | None = None) -> HeadContexts:
+    """Contexts of the first `heads` heads, or of all."""
+    return HeadContexts(
+      self.block,
+      tuple(
+        Strided(
+          local=self.local, stride=self.stride, residue=head % self.stride
+        )
+        for head in range(self.heads if heads is None else heads)
+      ),
+    )
+
+
+Schedules = list[aot_bundles.Schedule]
+
+
+def compile_case(case: Case, problem: Problem) -> Schedules | str:
+  """The kernels of a case in program order, or why it does not compile.
+
+  Call it first thing in a fresh process.
+  """
+  with tempfile.TemporaryDirectory() as folder:
+    os.environ["LIBTPU_INIT_ARGS"] = aot_bundles.dump_flags(
+      pathlib.Path(folder)
+    )
+    # Else the compiler warns about a network that is not there.
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
+    jax.config.update("jax_platforms", "cpu")
+    make = _ours if case.kernel == "ours" else _splash
+    attention, shape = make(case, problem)
+
+    def both(q: Any, k: Any, v: Any, d_out: Any) -> Any:
+      return jax.vjp(attention, q, k, v)[1](d_out)
+
+    x = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+    try:
+      aot.compile_for(case.chip, both, x, x, x, x)
+    except aot.DoesNotCompile as error:
+      return str(error)
+    return aot_bundles.read_dump(
+      pathlib.Path(folder), "head_attention|splash_mha"
+    )
+
+
+def _ours(case: Case, problem: Problem) -> tuple[Any, tuple[int, ...]]:
+  pattern = problem.pattern(2)
+  if case.mask == "causal":
+    pattern = HeadContexts(problem.block, (Strided(local=1, stride=1),) * 2)
+
+  def attention(q: Any, k: Any, v: Any) -> Any:
+    return head_attention(
+      q,
+      k,
+      v,
+      pattern=pattern,
+      tiling=Tiling(block_q=case.block_q, block_kv=case.block_kv),
+      implementation="mosaic_tpu",
+    )
+
+  return attention, (1, problem.length, 2, HEAD_SIZE)
+
+
+def _splash(case: Case, problem: Problem) -> tuple[Any, tuple[int, ...]]:
+  length = _SPLASH_LENGTH
+  masks: list[splash_mask.Mask]
+  if case.mask == "causal":
+    masks = [splash_mask.CausalMask((length, length))] * 2
+  elif case.mask == "none":
+    masks = [splash_mask.FullMask((length, length))] * 2
+  else:
+    masks = [
+      splash_mask.NumpyMask(each)
+      for each in dense_masks(problem.pattern(2), length)
+    ]
+  bq, bkv = case.block_q, case.block_kv
+  fused = case.kernel == "splash fused"
+  attention = splash_kernel.make_splash_mha(
+    mask=splash_mask.MultiHeadMask(masks),
+    block_sizes=splash_kernel.BlockSizes(
+      block_q=bq,
+      block_kv=bkv,
+      block_kv_compute=bkv,
+      block_q_dkv=bq,
+      block_kv_dkv=bkv,
+      block_kv_dkv_compute=bkv,
+      block_q_dq=None if fused else bq,
+      block_kv_dq=None if fused else bkv,
+      use_fused_bwd_kernel=fused,
+    ),
+    head_shards=1,
+    q_seq_shards=1,
+  )
+  return attention, (2, length, HEAD_SIZE)
+
+
+def dense_masks(pattern: HeadContexts, length: int) -> list[np.ndarray]:
+  """What the heads see, token by token: bool [length, length] each."""
+  blocks = range(length // pattern.block_size)
+  causal = np.tri(length, dtype=bool)
+  ones = np.ones((pattern.block_size,) * 2, bool)
+  return [
+    np.kron(pattern.block_mask(rule, blocks, blocks), ones) & causal
+    for rule in pattern.rules
+  ]

@@ -1,0 +1,157 @@
+"""Needle tasks as batches to learn from, first short, then long."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxheads.errors import UserError
+
+from ._loader import Batch
+from ._needle import NeedleExample, NeedleTask, draw_needle
+
+
+def needle_batch(examples: Sequence[NeedleExample]) -> Batch:
+  """Examples of one length as "tokens", "targets" and "mask" [B, T].
+
+  T is the prompt's length and the answer's. The mask is True where the target
+  stands after the first QRY: noise cannot be learnt.
+  """
+  tokens = np.stack([example.tokens for example in examples])
+  starts = np.array([example.questions_start for example in examples])
+  # Target t is token t + 1.
+  mask = np.arange(tokens.shape[1] - 1)[None] >= starts[:, None]
+  return {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "mask": mask}
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+  """Part of a curriculum.
+
+  Attributes:
+    task: What prompts hide, and how many questions they ask. Prompts take
+      turns with 1 to `task.needles` needles, so that the easy case comes
+      along.
+    length: Tokens of a prompt.
+    steps: Batches.
+
+  Raises:
+    UserError: `length` does not hold the needles.
+  """
+
+  task: NeedleTask
+  length: int
+  steps: int
+
+  def __post_init__(self) -> None:
+    if self.length < self.task.min_length():
+      raise UserError(
+        f"a prompt with {self.task.needles} needles and "
+        f"{self.task.questions} questions needs at least "
+        f"{self.task.min_length()} tokens, got {self.length}; make it longer, "
+        "or hide less"
+      )
+
+
+class NeedleBatches(Iterator[Batch]):
+  """Batches of one stage after the other, all of about as many tokens.
+
+  Example i of the run is the same whatever the number of processes. The last
+  stage never ends.
+
+  Args:
+    stages: In this order.
+    tokens_per_step: Prompt tokens of a batch, over all processes; rounded down
+      to whole prompts, and these to a multiple of `row_multiple`.
+    seed: Below `EVALUATION_SEED`.
+    row_multiple: Rows divide evenly by this, such as the number of devices.
+    process_index, process_count: Which share is ours; None asks JAX.
+  """
+
+  def __init__(
+    self,
+    stages: Sequence[Stage],
+    *,
+    tokens_per_step: int,
+    seed: int,
+    row_multiple: int = 1,
+    process_index: int | None = None,
+    process_count: int | None = None,
+  ) -> None:
+    if not stages:
+      raise ValueError("`stages` must hold at least one stage, got none.")
+    self._stages = tuple(stages)
+    self._seed = seed
+    self._rows = [
+      max(1, tokens_per_step // stage.length // row_multiple) * row_multiple
+      for stage in stages
+    ]
+    index = jax.process_index() if process_index is None else process_index
+    count = jax.process_count() if process_count is None else process_count
+    self._share = (index, count)
+    self._step = 0
+
+  def __next__(self) -> Batch:
+    stage, rows = self._at(self._step)
+    index, count = self._share
+    mine = range(index * rows // count, (index + 1) * rows // count)
+    # Numbers that no two examples of the run share.
+    first = self._step * max(self._rows)
+    self._step += 1
+    return needle_batch([self._draw(stage, first + row) for row in mine])
+
+  def get_state(self) -> dict[str, Any]:
+    """The position after the last batch taken, as JSON can hold it."""
+    return {"step": self._step, **self._describe()}
+
+  def set_state(self, state: dict[str, Any]) -> None:
+    """Goes to a position from `get_state`.
+
+    Raises:
+      UserError: It comes from another curriculum, task or seed.
+    """
+    changed = [
+      f"`{name}` was {state.get(name)}, is {value}"
+      for name, value in self._describe().items()
+      if state.get(name) != value
+    ]
+    if changed:
+      raise UserError(
+        "the data position cannot be resumed with other settings: "
+        f"{'; '.join(changed)}."
+      )
+    self._step = int(state["step"])
+
+  def close(self) -> None:
+    """Nothing runs in the background."""
+
+  def stage_at(self, step: int) -> Stage:
+    """The stage that the batch after `step` batches belongs to."""
+    return self._at(step)[0]
+
+  def _at(self, step: int) -> tuple[Stage, int]:
+    for stage, rows in zip(self._stages, self._rows, strict=True):
+      if step < stage.steps:
+        return stage, rows
+      step -= stage.steps
+    return self._stages[-1], self._rows[-1]
+
+  def _draw(self, stage: Stage, index: int) -> NeedleExample:
+    # By turns: a batch holds every number of needles.
+    needles = 1 + index % stage.task.needles
+    task = dataclasses.replace(
+      stage.task,
+      needles=needles,
+      questions=min(needles, stage.task.questions),
+    )
+    return draw_needle(task, stage.length, seed=self._seed, index=index)
+
+  def _describe(self) -> dict[str, Any]:
+    """What must be equal for a position to mean the same."""
+    return {
+      "stages": [dataclasses.asdict(stage) for stage in self._stages],
+      "rows": self._rows,
+      "seed": self._seed,
+    }

@@ -1,0 +1,229 @@
+r"""Asks whether head attention compiles for a chip that is not here.
+
+  python -m pallas_kernels.aot --chip v5e --seq-len 131072 --heads 32 \
+    --kv-heads 8 --head-dim 128 --block 64 --local 8 --stride 16 --backward
+
+Prints what it needs; exits with 1, and says why, if it does not compile, with 3
+if the compiler is not installed: `pip install 'jaxheads[aot]'`. In a program,
+`compile_for` asks the same about any function.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import platform
+from pallas_kernels.aot_compile import DoesNotCompile as DoesNotCompile
+from pallas_kernels.aot_compile import Report as Report
+from pallas_kernels.aot_compile import compile_for as compile_for
+from pallas_kernels.aot_targets import CHIP_NAMES as CHIP_NAMES
+from pallas_kernels.aot_targets import CompilerMissing as CompilerMissing
+from pallas_kernels.aot_targets import find
+from pallas_kernels.head_attention import (
+  HeadContexts,
+  Strided,
+  Tiling,
+  api,
+  head_attention,
+)
+from pallas_kernels.head_attention.operands import Operands, Settings
+
+
+class _Parser(argparse.ArgumentParser):
+  """One that complains in one line."""
+
+  def error(self, message: str) -> NoReturn:
+    self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+
+
+def _at_least(least: int) -> Callable[[str], int]:
+  """A type of flags."""
+
+  def parse(text: str) -> int:
+    try:
+      number = int(text)
+    except ValueError:
+      raise argparse.ArgumentTypeError(
+        f"must be a whole number, got {text!r}"
+      ) from None
+    if number < least:
+      raise argparse.ArgumentTypeError(f"must be at least {least}, got {text}")
+    return number
+
+  return parse
+
+
+def _parser() -> argparse.ArgumentParser:
+  parser = _Parser(
+    prog="python -m pallas_kernels.aot",
+    description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
+  add, positive = parser.add_argument, _at_least(1)
+  add("--chip", required=True, choices=CHIP_NAMES, help="to compile for")
+  add("--batch", type=positive, default=1, help="sequences (%(default)s)")
+  add("--seq-len", type=positive, default=8192, help="tokens (%(default)s)")
+  add("--heads", type=positive, default=32, help="query heads (%(default)s)")
+  add("--kv-heads", type=positive, help="KV heads (as many as query heads)")
+  add("--head-dim", type=positive, default=128, help="(%(default)s)")
+  add(
+    "--dtype",
+    choices=("bfloat16", "float16", "float32"),
+    default="bfloat16",
+    help="(%(default)s)",
+  )
+  add("--block", type=positive, default=64, help="tokens (%(default)s)")
+  add(
+    "--local", type=positive, default=8, help="blocks of window (%(default)s)"
+  )
+  add(
+    "--stride",
+    type=_at_least(0),
+    default=16,
+    help="vertical stride in blocks; 1 is dense, 0 only the window "
+    "(%(default)s)",
+  )
+  add("--backward", action="store_true", help="compile the gradients too")
+  add("--implementation", help="one by name (the best that fits)")
+  add("--block-q", type=positive, help="queries of a tile (a tuned size)")
+  add("--block-kv", type=positive, help="keys of a tile (a tuned size)")
+  return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+  """The command line; returns the exit status."""
+  parser = _parser()
+  flags = parser.parse_args(arguments)
+  if (flags.block_q is None) != (flags.block_kv is None):
+    parser.error("--block-q and --block-kv go together")
+  # Nothing runs here: a TPU or GPU that is there stays free for others.
+  jax.config.update("jax_platforms", "cpu")
+  # Only programs may silence the compiler's log; libraries must not.
+  os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+  os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
+  try:
+    tiling = None
+    if flags.block_q is not None:
+      tiling = Tiling(block_q=flags.block_q, block_kv=flags.block_kv)
+    report = _compile(flags, tiling)
+  except (TypeError, ValueError) as error:
+    parser.error(str(error))
+  except CompilerMissing as error:
+    parser.exit(3, f"{parser.prog}: error: {error}\n")
+  except (DoesNotCompile, NotImplementedError) as error:
+    print(f"{flags.chip}: does not compile: {' '.join(str(error).split())}")
+    return 1
+  for name, value in report:
+    print(f"{name:15} {value}")
+  return 0
+
+
+def _compile(
+  flags: argparse.Namespace, tiling: Tiling | None
+) -> list[tuple[str, str]]:
+  """What there is to say about the shape, line by line."""
+  kv_heads = flags.kv_heads or flags.heads
+  dtype = jnp.dtype(flags.dtype)
+  q, kv = (
+    jax.ShapeDtypeStruct(
+      (flags.batch, flags.seq_len, heads, flags.head_dim), dtype
+    )
+    for heads in (flags.heads, kv_heads)
+  )
+  pattern = _pattern(flags, kv_heads)
+  options: dict[str, Any] = dict(
+    pattern=pattern, tiling=tiling, implementation=flags.implementation
+  )
+
+  def forward(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    return head_attention(q, k, v, **options)
+
+  def both(
+    q: jax.Array, k: jax.Array, v: jax.Array, d_out: jax.Array
+  ) -> tuple[jax.Array, ...]:
+    return jax.vjp(forward, q, k, v)[1](d_out)
+
+  program: Callable[..., Any] = forward
+  arguments: tuple[jax.ShapeDtypeStruct, ...] = (q, kv, kv)
+  if flags.backward:
+    program, arguments = both, (q, kv, kv, q)
+  with platform.compiling_for(find(flags.chip).platform):
+    name, tiles = _choice(q, kv, kv, **options)
+  report = compile_for(flags.chip, program, *arguments)
+  return [
+    ("chip", report.chip),
+    ("compiles", "yes, forward and backward" if flags.backward else "yes"),
+    ("implementation", name),
+    ("tiles", tiles),
+    ("kernels", ", ".join(report.kernels) or "none: plain XLA"),
+    ("arguments", size_text(report.argument_bytes)),
+    ("results", size_text(report.output_bytes)),
+    ("temporary", size_text(report.temp_bytes)),
+    ("compile time", f"{report.seconds:.1f} s"),
+  ]
+
+
+def _choice(
+  q: jax.ShapeDtypeStruct,
+  k: jax.ShapeDtypeStruct,
+  v: jax.ShapeDtypeStruct,
+  *,
+  pattern: HeadContexts,
+  tiling: Tiling | None,
+  implementation: str | None,
+) -> tuple[str, str]:
+  """Which implementation runs, and its tiles as text."""
+  settings = Settings(
+    pattern=pattern,
+    scale=1.0,
+    logits_soft_cap=None,
+    q_offset=0,
+    tiling=tiling,
+  )
+  offset = jax.ShapeDtypeStruct((), jnp.int32)
+  operands = Operands(q, k, v, None, None, offset)  # type: ignore[arg-type]
+  name = api._choose(implementation, settings, operands)
+  if tiling is not None:
+    return name, f"{tiling.block_q} queries x {tiling.block_kv} keys"
+  tilings = getattr(api._module(name), "tilings", None)
+  if tilings is None:
+    return name, "chosen by the implementation"
+  return name, ", ".join(
+    f"{kernel} {each.block_q} queries x {each.block_kv} keys"
+    for kernel, each in tilings(settings, operands).items()
+  )
+
+
+def _pattern(flags: argparse.Namespace, kv_heads: int) -> HeadContexts:
+  """Strided contexts that the heads of a KV head share."""
+  groups = max(1, flags.heads // kv_heads)
+  return HeadContexts(
+    flags.block,
+    tuple(
+      Strided(
+        local=flags.local,
+        stride=flags.stride,
+        residue=-(head // groups) % max(1, flags.stride),
+      )
+      for head in range(flags.heads)
+    ),
+  )
+
+
+def size_text(count: int) -> str:
+  """A number of bytes, for people."""
+  size = float(count)
+  for unit in ("bytes", "KiB", "MiB"):
+    if size < 1024:
+      return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
+    size /= 1024
+  return f"{size:.2f} GiB"
+
+
+if __name__ == "__main__":
+  sys.exit(main())

@@ -1,0 +1,201 @@
+"""Head attention on TPUs, by Pallas Mosaic kernels.
+
+Each query tile visits the key tiles that its head sees, and no others. Full
+tiles have no mask arithmetic; products take the inputs' dtype (float32: all
+passes of the matrix unit), everything else is float32.
+"""
+
+import functools
+import operator
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from pallas_kernels.head_attention import mosaic_tpu_specs as specs
+from pallas_kernels.head_attention.mosaic_tpu_backward import (
+  key_gradients,
+  query_gradient,
+)
+from pallas_kernels.head_attention.mosaic_tpu_forward import attend
+from pallas_kernels.head_attention.mosaic_tpu_plan import (
+  Layout,
+  forward_plan,
+  key_plan,
+)
+from pallas_kernels.head_attention.mosaic_tpu_settings import (
+  make_layouts,
+  vmem_limit,
+)
+from pallas_kernels.head_attention.mosaic_tpu_settings import (
+  refusal as refusal,
+)
+from pallas_kernels.head_attention.mosaic_tpu_tile import LOG2_E
+from pallas_kernels.head_attention.operands import Operands, Settings
+
+# In base 2, the log-sum-exp of a row that sees nothing: no weight, no NaN.
+_NOTHING_SEEN = 1e30
+
+
+def _options(
+  settings: Settings, operands: Operands, layout: Layout
+) -> dict[str, Any]:
+  return dict(
+    scale=settings.scale,
+    soft_cap=settings.logits_soft_cap,
+    vmem_bytes=vmem_limit(layout, operands),
+    interpret=settings.interpret,
+  )
+
+
+def _q_padded(layouts: list[Layout]) -> int:
+  block_q = max(layout.tiling.block_q for layout in layouts)
+  return -(-layouts[0].q_length // block_q) * block_q
+
+
+def _keys(layout: Layout, operands: Operands) -> specs.Keys:
+  return specs.near_keys(
+    layout, operands.k, operands.v, operands.kv_segment_ids
+  )
+
+
+def forward(
+  settings: Settings, operands: Operands
+) -> tuple[Float[Array, "B T N Hv"], Float[Array, "B N T"]]:
+  """Output, and log-sum-exp of the logits; see `operands.Implementation`."""
+  layouts = make_layouts(settings, operands)
+  B, T, N, _ = operands.q.shape
+  padded = _q_padded(layouts)
+  queries = specs.make_queries(operands.q, operands.q_segment_ids, padded)
+  plans = [forward_plan(layout) for layout in layouts]
+  results = None
+  if not all(plan.covers_all for plan in plans):
+    shape = (B, N, padded, operands.v.shape[-1])
+    results = (
+      jnp.zeros(shape, operands.q.dtype),
+      jnp.full((B, N, 1, padded), -jnp.inf, jnp.float32),
+    )
+  for layout, plan in zip(layouts, plans, strict=True):
+    keys = _keys(layout, operands)
+    options = _options(settings, operands, layout)
+    for call in plan.calls:
+      results = attend(layout, call, queries, keys, previous=results, **options)
+  assert results is not None
+  out, lse = results
+  return out[:, :, :T].swapaxes(1, 2), lse[:, :, 0, :T]
+
+
+def backward(
+  settings: Settings,
+  operands: Operands,
+  out: Float[Array, "B T N Hv"],
+  lse: Float[Array, "B N T"],
+  d_out: Float[Array, "B T N Hv"],
+  d_lse: Float[Array, "B N T"],
+) -> tuple[
+  Float[Array, "B T N H"], Float[Array, "B S K H"], Float[Array, "B S K Hv"]
+]:
+  """Gradients of q, k and v; see `operands.Implementation`."""
+  layouts = make_layouts(settings, operands)
+  queries = _cotangents(layouts, operands, out, lse, d_out, d_lse)
+  plans = [forward_plan(layout) for layout in layouts]
+  T = operands.q.shape[1]
+  dq = None
+  if not all(plan.covers_all for plan in plans):
+    dq = (jnp.zeros_like(queries.q),)
+  parts = []
+  for layout, plan in zip(layouts, plans, strict=True):
+    keys = _keys(layout, operands)
+    options = _options(settings, operands, layout)
+    for call in plan.calls:
+      dq = query_gradient(layout, call, queries, keys, previous=dq, **options)
+    parts.append(
+      _key_gradients(layout, queries, keys, len(layouts) == 1, options)
+    )
+  assert dq is not None
+  dk, dv = (
+    _sum_of_runs(layouts, list(each), like)
+    for each, like in zip(
+      zip(*parts, strict=True), (operands.k, operands.v), strict=True
+    )
+  )
+  return dq[0][:, :, :T].swapaxes(1, 2), dk, dv
+
+
+def _cotangents(
+  layouts: list[Layout],
+  operands: Operands,
+  out: Array,
+  lse: Array,
+  d_out: Array,
+  d_lse: Array,
+) -> specs.Queries:
+  padded = _q_padded(layouts)
+  seen = jnp.isfinite(lse)
+  product = out.astype(jnp.float32) * d_out.astype(jnp.float32)
+  delta = product.sum(-1).swapaxes(1, 2) - d_lse
+  statistics = (
+    jnp.where(seen, lse * LOG2_E, _NOTHING_SEEN),
+    jnp.where(seen, delta, 0.0),
+  )
+  missing = padded - lse.shape[2]
+  lse, delta = (
+    jnp.pad(x, ((0, 0), (0, 0), (0, missing)), constant_values=fill)[:, :, None]
+    for x, fill in zip(statistics, (_NOTHING_SEEN, 0.0), strict=True)
+  )
+  return specs.make_queries(
+    operands.q, operands.q_segment_ids, padded
+  )._replace(
+    d_out=specs.pad_tokens(d_out.swapaxes(1, 2), 2, padded),
+    lse=lse,
+    delta=delta,
+  )
+
+
+def _key_gradients(
+  layout: Layout,
+  queries: specs.Queries,
+  keys: specs.Keys,
+  is_only_run: bool,
+  options: dict[str, Any],
+) -> tuple[Array, ...]:
+  """Of the KV heads that the run reads, [B, K of the run, S padded, H]."""
+  plan = key_plan(layout)
+  # Several parts are added in float32.
+  whole = is_only_run and not plan.far.calls
+  dtype = keys.k.dtype if whole else jnp.float32
+  results = None
+  if not plan.near.covers_all:
+    heads = slice(layout.kv_start, layout.kv_stop)
+    results = tuple(
+      jnp.zeros_like(x[:, heads], dtype) for x in (keys.k, keys.v)
+    )
+  for calls, adds in ((plan.near.calls, False), (plan.far.calls, True)):
+    for call in calls:
+      results = key_gradients(
+        layout,
+        call,
+        queries,
+        keys,
+        dtype=dtype,
+        previous=results,
+        adds=adds,
+        **options,
+      )
+  assert results is not None
+  return results
+
+
+def _sum_of_runs(
+  layouts: list[Layout], parts: list[Array], like: Float[Array, "B S K H"]
+) -> Array:
+  S, K = like.shape[1:3]
+  placed = [
+    jnp.pad(
+      part[:, :, :S],
+      ((0, 0), (layout.kv_start, K - layout.kv_stop), (0, 0), (0, 0)),
+    )
+    for layout, part in zip(layouts, parts, strict=True)
+  ]
+  total = functools.reduce(operator.add, placed)
+  return total.swapaxes(1, 2).astype(like.dtype)

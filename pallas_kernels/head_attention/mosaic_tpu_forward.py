@@ -1,0 +1,145 @@
+"""Forward TPU kernel of head attention."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.head_attention import mosaic_tpu_specs as specs
+from pallas_kernels.head_attention.mosaic_tpu_items import (
+  EDGE,
+  FAR,
+  FIRST,
+  LAST,
+  Call,
+  read_step,
+)
+from pallas_kernels.head_attention.mosaic_tpu_masks import Chunk
+from pallas_kernels.head_attention.mosaic_tpu_plan import Layout
+from pallas_kernels.head_attention.mosaic_tpu_tile import (
+  LN_2,
+  LOWEST,
+  Logits,
+  TileContext,
+  chunk_by_chunk,
+  load_tile,
+  matmul,
+)
+
+
+def _kernel(
+  tables: Any,
+  inputs: specs.Inputs,
+  previous: Any,
+  out_ref: Any,
+  lse_ref: Any,
+  m_ref: Any,
+  l_ref: Any,
+  acc_ref: Any,
+  *,
+  layout: Layout,
+  call: Call,
+  scale: float,
+  soft_cap: float | None,
+) -> None:
+  del previous  # The rest of the arrays that are written into.
+  row, item, member = (pl.program_id(axis) for axis in (1, 2, 3))
+  step = read_step(tables, row, item, member, call.members)
+
+  @pl.when((step.flags & FIRST) != 0)
+  def start() -> None:
+    m_ref[...] = jnp.full_like(m_ref, LOWEST)
+    l_ref[...] = jnp.zeros_like(l_ref)
+    acc_ref[...] = jnp.zeros_like(acc_ref)
+
+  context = TileContext(layout, scale, soft_cap, tables, inputs, item, step)
+
+  def weigh(chunk: Chunk, logits: Logits) -> tuple[jax.Array, jax.Array]:
+    """Weights [keys, queries], and what earlier sums shrink by."""
+    m_old = context.columns(m_ref, chunk)
+    l_old = context.columns(l_ref, chunk)
+    peak = jnp.max(logits.base2, axis=0, keepdims=True)
+    m_new = jnp.maximum(m_old, peak)
+    p = jnp.exp2(logits.base2 - m_new)
+    shrink = jnp.exp2(m_old - m_new)
+    at = pl.ds(chunk.start, chunk.size)
+    m_ref[:, at] = m_new
+    l_ref[:, at] = l_old * shrink + jnp.sum(p, axis=0, keepdims=True)
+    return p.astype(out_ref.dtype), shrink
+
+  def add_tile(kind: int) -> None:
+    tile = load_tile(inputs, kind)
+
+    def add(chunk: Chunk, weights: tuple[jax.Array, jax.Array]) -> None:
+      p, shrink = weights
+      at = pl.ds(chunk.start, chunk.size)
+      acc_ref[:, at] = acc_ref[:, at] * shrink + matmul(tile.v, p, (0, 0))
+
+    chunk_by_chunk(
+      layout.tiling.block_q,
+      functools.partial(context.logits, tile, kind),
+      weigh,
+      add,
+    )
+
+  for kind in call.kinds:
+    pl.when((step.flags & (FAR | EDGE)) == kind)(
+      functools.partial(add_tile, kind)
+    )
+
+  @pl.when((step.flags & LAST) != 0)
+  def finish() -> None:
+    l = l_ref[...]
+    seen = l > 0
+    safe = jnp.where(seen, l, 1.0)
+    # Rows that see nothing have a zero accumulator.
+    out_ref[...] = (acc_ref[...] / safe).T.astype(out_ref.dtype)
+    lse = m_ref[...] * LN_2 + jnp.log(safe)
+    lse_ref[...] = jnp.where(seen, lse, -jnp.inf)
+
+
+def attend(
+  layout: Layout,
+  call: Call,
+  queries: specs.Queries,
+  keys: specs.Keys,
+  *,
+  scale: float,
+  soft_cap: float | None,
+  previous: tuple[jax.Array, jax.Array] | None,
+  vmem_bytes: int | None,
+  interpret: Any,
+) -> tuple[jax.Array, jax.Array]:
+  """Output [B, N, T, Hv] and log-sum-exp [B, N, 1, T] where the call writes."""
+  batch, heads, length, _ = queries.q.shape
+  v_size = keys.v.shape[-1]
+  block_q = layout.tiling.block_q
+  out, lse = specs.run_call(
+    functools.partial(
+      _kernel, layout=layout, call=call, scale=scale, soft_cap=soft_cap
+    ),
+    layout,
+    call,
+    specs.Inputs(queries, **specs.views(layout, call, keys)),
+    name="head_attention_forward",
+    out_shapes=(
+      jax.ShapeDtypeStruct((batch, heads, length, v_size), queries.q.dtype),
+      jax.ShapeDtypeStruct((batch, heads, 1, length), jnp.float32),
+    ),
+    out_specs=(
+      specs.query_spec(layout, call.members, v_size),
+      specs.row_spec(layout, call.members),
+    ),
+    scratch=(
+      pltpu.VMEM((1, block_q), jnp.float32),
+      pltpu.VMEM((1, block_q), jnp.float32),
+      pltpu.VMEM((v_size, block_q), jnp.float32),
+    ),
+    previous=previous,
+    vmem_bytes=vmem_bytes,
+    interpret=interpret,
+  )
+  return out, lse

@@ -1,0 +1,160 @@
+"""Arithmetic of one tile, shared by the bodies of all TPU kernels.
+
+Keys go down and queries across: the running maximum and sum are rows along
+the lanes, and their reductions run over the cheap axis.
+"""
+
+import itertools
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from pallas_kernels.head_attention.mosaic_tpu_items import FAR, Step
+from pallas_kernels.head_attention.mosaic_tpu_masks import (
+  Chunk,
+  same_segment,
+  tile_mask,
+)
+from pallas_kernels.head_attention.mosaic_tpu_plan import Layout
+from pallas_kernels.head_attention.mosaic_tpu_specs import Inputs
+
+P = TypeVar("P")
+W = TypeVar("W")
+
+LOG2_E = float(np.log2(np.e))
+LN_2 = float(np.log(2))
+
+# Queries whose softmax runs while the matrix unit works on their neighbours.
+_CHUNK = 256
+
+# Where the running maximum starts. Hidden logits are -inf, so that they have
+# no weight even while nothing has been seen.
+LOWEST = -1e30
+
+
+def matmul(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:
+  """Float32 product of two matrices, over one axis of each."""
+  exact = a.dtype == jnp.float32
+  return lax.dot_general(
+    a,
+    b,
+    (((contract[0],), (contract[1],)), ((), ())),
+    preferred_element_type=jnp.float32,
+    precision=lax.Precision.HIGHEST if exact else lax.Precision.DEFAULT,
+  )
+
+
+class Logits(NamedTuple):
+  """Of a chunk, float32 [keys, queries].
+
+  Attributes:
+    base2: In units of log 2; hidden ones -inf.
+    slope: What the soft cap multiplies gradients with, or None.
+    mask: None if all are visible.
+  """
+
+  base2: jax.Array
+  slope: jax.Array | None
+  mask: jax.Array | None
+
+
+class Tile(NamedTuple):
+  """The keys of a tile, [keys, H] and [keys, Hv]; ids are [keys, 128]."""
+
+  k: jax.Array
+  v: jax.Array
+  segment_ids: jax.Array | None
+
+
+def load_tile(inputs: Inputs, kind: int) -> Tile:
+  """The keys that an item of this kind reads."""
+  keys = inputs.far if kind & FAR else inputs.near
+  assert keys is not None
+  # Far tiles come as [blocks, block, H].
+  k, v, segment_ids = (
+    None if ref is None else ref[...].reshape(-1, ref.shape[-1]) for ref in keys
+  )
+  assert k is not None and v is not None
+  return Tile(k, v, segment_ids)
+
+
+def chunk_by_chunk(
+  block_q: int,
+  multiply: Callable[[Chunk], P],
+  weigh: Callable[[Chunk, P], W],
+  add: Callable[[Chunk, W], None],
+) -> None:
+  """Runs `add(weigh(multiply(chunk)))` on every part of a query tile.
+
+  Multiplies one chunk ahead and adds one behind: the compiler keeps the order
+  of the matrix products, and these must not wait for the softmax.
+  """
+  size = min(block_q, _CHUNK)
+  parts = [Chunk(start, size) for start in range(0, block_q, size)]
+  ahead = multiply(parts[0])
+  behind: tuple[Chunk, W] | None = None
+  for chunk, following in itertools.zip_longest(parts, parts[1:]):
+    product = ahead
+    if following is not None:
+      ahead = multiply(following)
+    weights = weigh(chunk, product)
+    if behind is not None:
+      add(*behind)
+    behind = chunk, weights
+  assert behind is not None
+  add(*behind)
+
+
+class TileContext(NamedTuple):
+  """What the arithmetic of every tile of a kernel needs.
+
+  Attributes:
+    layout: Static sizes.
+    scale, soft_cap: Of the logits.
+    tables: References to `Tables` in scalar memory.
+    inputs: References of the operands.
+    item, step: What the grid step does.
+  """
+
+  layout: Layout
+  scale: float
+  soft_cap: float | None
+  tables: Any
+  inputs: Inputs
+  item: Any
+  step: Step
+
+  def rows(self, ref: Any, chunk: Chunk) -> jax.Array:
+    """A chunk of a query tile, [queries, size]."""
+    return ref[chunk.start : chunk.start + chunk.size, :]
+
+  def columns(self, ref: Any, chunk: Chunk) -> jax.Array:
+    """A chunk of statistics or segment ids, [rows, queries]."""
+    return ref[:, chunk.start : chunk.start + chunk.size]
+
+  def logits(self, tile: Tile, kind: int, chunk: Chunk) -> Logits:
+    """Masked logits of a chunk."""
+    queries = self.inputs.queries
+    raw = matmul(tile.k, self.rows(queries.q, chunk), (1, 1))
+    slope = None
+    if self.soft_cap is None:
+      base2 = raw * (self.scale * LOG2_E)
+    else:
+      bounded = jnp.tanh(raw * (self.scale / self.soft_cap))
+      slope = 1 - bounded * bounded
+      base2 = bounded * (self.soft_cap * LOG2_E)
+    mask = tile_mask(
+      self.layout, self.tables, self.item, self.step, kind, chunk
+    )
+    if tile.segment_ids is not None:
+      same = same_segment(
+        self.columns(queries.segment_ids, chunk), tile.segment_ids
+      )
+      mask = same if mask is None else mask & same
+    if mask is not None:
+      base2 = jnp.where(mask, base2, -jnp.inf)
+    return Logits(base2, slope, mask)

@@ -1,0 +1,198 @@
+"""Triton kernels over query tiles: the output, and the queries' gradient."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from pallas_kernels.head_attention.triton_problem import (
+  LOG2_E,
+  LOWEST,
+  Problem,
+  dot,
+  load_rows,
+  logits_of,
+  read_offset,
+  store_rows,
+)
+from pallas_kernels.head_attention.triton_walks import Walk
+
+# (problem, run's refs, head of the run, tile, positions, offset) -> visits.
+MakeWalk = Callable[..., Walk]
+
+
+class _Tile:
+  """The query tile of a program, and how it reads its keys."""
+
+  def __init__(
+    self,
+    problem: Problem,
+    start: int,
+    make_walk: MakeWalk,
+    refs: Iterator[Any],
+    run_refs: int,
+  ) -> None:
+    self.problem = problem
+    q_ref, self.k_ref, self.v_ref, offset_ref = (next(refs) for _ in range(4))
+    self.segments_ref = None
+    if problem.has_segments:
+      q_segments_ref, self.segments_ref = next(refs), next(refs)
+    own_refs = tuple(next(refs) for _ in range(run_refs))
+    # The last queries see most: they go first, or the end has idle cores.
+    self.tile = problem.q_tiles - 1 - pl.program_id(0)
+    self.head_of_run = pl.program_id(1)
+    self.head = start + self.head_of_run
+    self.kv_head = lax.div(self.head, jnp.int32(problem.groups))
+    self.batch = pl.program_id(2)
+    bq = problem.tiling.block_q
+    self.rows = self.tile * bq + lax.iota(jnp.int32, bq)
+    self.exist = self.rows < problem.T
+    self.q = self.rows_of(q_ref, problem.H)
+    offset = read_offset(problem, offset_ref)
+    self.positions = offset + self.rows
+    self.walk = make_walk(
+      problem, own_refs, self.head_of_run, self.tile, self.positions, offset
+    )
+    if problem.has_segments:
+      self.segments = plgpu.load(
+        q_segments_ref.at[self.batch, self.rows], mask=self.exist, other=0
+      )
+
+  def rows_of(self, ref: Any, size: int) -> jax.Array:
+    return load_rows(
+      ref, self.batch, self.rows, self.head, size, exist=self.exist
+    )
+
+  def numbers_of(self, ref: Any, other: float) -> jax.Array:
+    """One number a query, of ref [B, N, T]."""
+    return plgpu.load(
+      ref.at[self.batch, self.head, self.rows], mask=self.exist, other=other
+    )
+
+  def keys(
+    self, positions: jax.Array, mask: jax.Array | None
+  ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """Keys and values of a visit, and its mask with the segments in it."""
+    problem = self.problem
+    # Tiles without a mask lie inside the keys.
+    exist = None if mask is None else positions < problem.S
+    where = (self.batch, positions, self.kv_head)
+    k = load_rows(self.k_ref, *where, problem.H, exist=exist)
+    v = load_rows(self.v_ref, *where, problem.Hv, exist=exist)
+    if self.segments_ref is not None:
+      row = self.segments_ref.at[self.batch, positions]
+      if exist is None:
+        found = plgpu.load(row)
+      else:
+        found = plgpu.load(row, mask=exist, other=0)
+      same = self.segments[:, None] == found[None]
+      mask = same if mask is None else mask & same
+    return k, v, mask
+
+  def visit_all(self, visit: Callable[..., Any], carry: Any) -> Any:
+    """Folds `visit` over the full tiles, then over the others."""
+
+    def full(index: jax.Array, carry: Any) -> Any:
+      return visit(*self.keys(self.walk.full(index), None), carry)
+
+    def edge(index: jax.Array, carry: Any) -> Any:
+      return visit(*self.keys(*self.walk.edge(index)), carry)
+
+    carry = lax.fori_loop(0, self.walk.full_count, full, carry)
+    return lax.fori_loop(0, self.walk.edge_count, edge, carry)
+
+
+def forward_kernel(
+  problem: Problem,
+  *all_refs: Any,
+  start: int,
+  make_walk: MakeWalk,
+  run_refs: int,
+) -> None:
+  """Softmax over the visits of a query tile; writes output and log-sum-exp.
+
+  Refs: q, k, v, offset, then segment ids of queries and keys if any, then
+  those of the run, then out [B, T, heads, Hv] and lse [B, heads, T].
+  """
+  refs = iter(all_refs)
+  tile = _Tile(problem, start, make_walk, refs, run_refs)
+  out_ref, lse_ref = refs
+  bq = problem.tiling.block_q
+
+  def visit(
+    k: jax.Array, v: jax.Array, mask: jax.Array | None, carry: Any
+  ) -> Any:
+    acc, m, l = carry
+    logits, _ = logits_of(problem, dot(tile.q, k, trans_b=True))
+    if mask is not None:
+      logits = jnp.where(mask, logits, -jnp.inf)
+    top = jnp.maximum(m, jnp.max(logits, axis=1))
+    weights = jnp.exp2(logits - top[:, None])
+    shrink = jnp.exp2(m - top)
+    l = l * shrink + jnp.sum(weights, axis=1)
+    acc = acc * shrink[:, None] + dot(weights.astype(v.dtype), v)
+    return acc, top, l
+
+  acc, m, l = tile.visit_all(
+    visit,
+    (
+      jnp.zeros((bq, problem.v_columns), jnp.float32),
+      jnp.full((bq,), LOWEST, jnp.float32),
+      jnp.zeros((bq,), jnp.float32),
+    ),
+  )
+  empty = l == 0
+  l = jnp.where(empty, 1.0, l)
+  place = (tile.batch, tile.rows[:, None], tile.head_of_run)
+  store_rows(out_ref, place, problem.Hv, acc / l[:, None], exist=tile.exist)
+  plgpu.store(
+    lse_ref.at[tile.batch, tile.head_of_run, tile.rows],
+    jnp.where(empty, -jnp.inf, m / LOG2_E + jnp.log(l)),
+    mask=tile.exist,
+  )
+
+
+def dq_kernel(
+  problem: Problem,
+  *all_refs: Any,
+  start: int,
+  make_walk: MakeWalk,
+  run_refs: int,
+) -> None:
+  """Gradient of a query tile.
+
+  Refs: as in `forward_kernel` up to the run's, then d_out, the base-2
+  log-sum-exp and delta [B, N, T], then dq [B, T, heads, H].
+  """
+  refs = iter(all_refs)
+  tile = _Tile(problem, start, make_walk, refs, run_refs)
+  d_out_ref, lse_ref, delta_ref, dq_ref = refs
+  d_out = tile.rows_of(d_out_ref, problem.Hv)
+  lse = tile.numbers_of(lse_ref, 0.0)[:, None]
+  delta = tile.numbers_of(delta_ref, 0.0)[:, None]
+
+  def visit(
+    k: jax.Array, v: jax.Array, mask: jax.Array | None, dq: jax.Array
+  ) -> jax.Array:
+    logits, slope = logits_of(problem, dot(tile.q, k, trans_b=True))
+    d_logits = jnp.exp2(logits - lse) * (dot(d_out, v, trans_b=True) - delta)
+    if slope is not None:
+      d_logits *= slope
+    if mask is not None:
+      # After the product: hidden keys may have given infinities.
+      d_logits = jnp.where(mask, d_logits, 0.0)
+    return dq + dot(d_logits.astype(k.dtype), k)
+
+  shape = (problem.tiling.block_q, problem.columns)
+  dq = tile.visit_all(visit, jnp.zeros(shape, jnp.float32))
+  store_rows(
+    dq_ref,
+    (tile.batch, tile.rows[:, None], tile.head_of_run),
+    problem.H,
+    dq * problem.scale,
+    exist=tile.exist,
+  )

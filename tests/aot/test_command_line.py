@@ -1,0 +1,102 @@
+import pytest
+
+from pallas_kernels import aot, aot_compile, aot_targets
+
+
+def run(capsys, *flags):
+  with pytest.raises(SystemExit) as caught:
+    aot.main(list(flags))
+  printed = capsys.readouterr()
+  assert printed.out == ""
+  assert printed.err.count("\n") == 1
+  return caught.value.code, printed.err
+
+
+@pytest.mark.parametrize(
+  ("flags", "message"),
+  [
+    ((), "--chip"),
+    (("--chip", "v3"), "'v3'"),
+    (("--chip", "v5e", "--seq-len", "many"), "whole number, got 'many'"),
+    (("--chip", "v5e", "--heads", "0"), "at least 1, got 0"),
+    (("--chip", "v5e", "--stride", "-1"), "at least 0, got -1"),
+    (("--chip", "v5e", "--dtype", "int8"), "'int8'"),
+    (("--chip", "v5e", "--block", "48"), "`block_size` must be a power of two"),
+    (("--chip", "v5e", "--block-q", "128"), "go together"),
+    (
+      ("--chip", "v5e", "--block-q", "100", "--block-kv", "128"),
+      "`block_q` must be a power of two",
+    ),
+    (("--chip", "v5e", "--heads", "6", "--kv-heads", "4"), "divides q's 6"),
+    (("--chip", "v5e", "--implementation", "cuda"), "`implementation`"),
+    (("--chip", "v5e", "--length", "5"), "unrecognized arguments"),
+  ],
+)
+def test_bad_flags_get_one_line(capsys, flags, message):
+  code, text = run(capsys, *flags)
+  assert code == 2
+  assert message in text
+
+
+def test_a_missing_compiler_is_named(capsys, monkeypatch):
+  def missing(chip):
+    raise aot_targets.cuda_missing(chip)
+
+  monkeypatch.setattr(aot_targets, "device", missing)
+  code, text = run(capsys, "--chip", "sm_90", "--seq-len", "256")
+  assert code == 3
+  assert "jax-cuda13-plugin" in text
+  assert "pip install 'jaxheads[aot]'" in text
+
+
+def test_a_refusal_is_an_answer(capsys):
+  code = aot.main(["--chip", "sm_80", "--implementation", "mosaic_tpu"])
+  assert code == 1
+  printed = capsys.readouterr().out
+  assert printed.startswith("sm_80: does not compile: ")
+  assert "TPU" in printed
+
+
+def test_unknown_chips_are_listed():
+  with pytest.raises(ValueError, match=r"`chip` must be one of v4, .*'v9'"):
+    aot.compile_for("v9", abs)
+
+
+def test_aliases_and_descriptions_exist():
+  assert aot_targets.find("7x") is aot_targets.find("tpu7x")
+  for chip in aot_targets.CHIPS.values():
+    if chip.platform == "gpu":
+      text = (aot_targets.GPU_TARGETS / chip.target).read_text()
+      major, minor = chip.name.removeprefix("sm_")[:-1], chip.name[-1]
+      assert (
+        f"cuda_compute_capability {{ major: {major} minor: {minor} }}" in text
+      )
+
+
+@pytest.mark.parametrize(
+  ("message", "reason"),
+  [
+    ("INTERNAL: ptxas  failed\n badly", "ptxas failed badly"),
+    ("x" * 300, "x" * 197 + "..."),
+    (
+      "RESOURCE_EXHAUSTED: Shared memory size limit exceeded: requested "
+      "393216, available: 166912, context: []",
+      "shared memory exceeded: a kernel needs 393216 bytes, its limit is "
+      "166912. Take smaller tiles.",
+    ),
+    (
+      "Mosaic GPU kernel exceeds available shared memory: smem_bytes=395352 > "
+      "max_smem_bytes=232448",
+      "shared memory exceeded: a kernel needs 395352 bytes, its limit is "
+      "232448. Take smaller tiles.",
+    ),
+  ],
+)
+def test_short_reason(message, reason):
+  assert aot_compile.short_reason(message) == reason
+
+
+def test_sizes_are_readable():
+  assert aot.size_text(1023) == "1023 bytes"
+  assert aot.size_text(1536) == "1.5 KiB"
+  assert aot.size_text(3 << 29) == "1.50 GiB"

@@ -1,0 +1,208 @@
+"""Needle prompts: the answer is in the text, where it should be, and once."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from jaxheads.data import (
+  ANSWER_TOKENS,
+  EVALUATION_SEED,
+  NEEDLE_VOCAB_SIZE,
+  NeedleBatches,
+  NeedleTask,
+  Stage,
+  draw_needle,
+  needle_batch,
+)
+from jaxheads.errors import UserError
+
+BOS, SEP, QRY, ANS, EOS, ASSIGN = 1, 2, 3, 4, 5, 6
+KEYS, VALUES, NOISE = range(9, 73), range(73, 137), range(137, 393)
+TASKS = {
+  "one": NeedleTask(),
+  "cycle": NeedleTask(noise="cycle"),
+  "many": NeedleTask(needles=5),
+  "asked": NeedleTask(needles=4, questions=3),
+}
+
+
+def needles_in(context):
+  """{key: (start, values)} of every needle, and what is left: the noise."""
+  found, noise, at = {}, [], 0
+  while at < len(context):
+    if context[at] == SEP:
+      _, k1, k2, assign, *values = context[at : at + 8]
+      assert k1 in KEYS
+      assert k2 in KEYS
+      assert assign == ASSIGN
+      assert all(value in VALUES for value in values)
+      assert (k1, k2) not in found
+      found[k1, k2] = (at, values)
+      at += 8
+    else:
+      noise.append(context[at])
+      at += 1
+  return found, noise
+
+
+@pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
+@pytest.mark.parametrize("depth", [None, 0.0, 0.37, 1.0])
+@pytest.mark.parametrize("extra", [0, 1, 200])
+def test_questions_are_answered_by_the_text(task, depth, extra):
+  length = task.min_length() + extra
+  for index in range(5):
+    example = draw_needle(task, length, seed=7, index=index, depth=depth)
+    tokens = example.tokens.tolist()
+    assert example.tokens.dtype == np.int32
+    assert len(tokens) == length + ANSWER_TOKENS
+    assert tokens[0] == BOS
+    assert tokens[-1] == EOS
+    assert max(tokens) < NEEDLE_VOCAB_SIZE
+    first = example.questions_start
+    found, noise = needles_in(tokens[1:first])
+    assert len(found) == task.needles
+    assert all(token in NOISE for token in noise)
+    rounds = np.array(tokens[first:-1]).reshape(-1, 8)
+    assert len(rounds) == task.questions
+    asked = set()
+    for query, k1, k2, answer, *values in rounds.tolist():
+      assert (query, answer) == (QRY, ANS)
+      start, expected = found[k1, k2]
+      assert values == expected
+      asked.add((k1, k2))
+    assert len(asked) == task.questions
+    # The last question is the one whose depth was asked for.
+    assert start + 1 == example.start
+    assert values == example.answer.tolist()
+    if depth is not None:
+      context = first - 1
+      assert start == round(depth * (context - 8))
+
+
+def test_depths_are_drawn_over_the_whole_context():
+  starts = [
+    draw_needle(NeedleTask(), 100, seed=0, index=index).start
+    for index in range(300)
+  ]
+  assert min(starts) < 8
+  assert max(starts) > 100 - 5 - 8 - 5
+  assert np.histogram(starts, bins=4, range=(1, 88))[0].min() > 40
+
+
+def test_examples_are_functions_of_seed_and_number():
+  def draw(seed, index):
+    return draw_needle(TASKS["many"], 90, seed=seed, index=index).tokens
+
+  np.testing.assert_array_equal(draw(3, 4), draw(3, 4))
+  for other in ((3, 5), (4, 4), (EVALUATION_SEED + 3, 4)):
+    assert (draw(*other) != draw(3, 4)).any()
+
+
+def test_the_cycle_repeats():
+  example = draw_needle(TASKS["cycle"], 200, seed=0, index=0, depth=1.0)
+  noise = example.tokens[1 : example.start]
+  np.testing.assert_array_equal(noise[:-20], noise[20:])
+
+
+@pytest.mark.parametrize(
+  ("make", "message"),
+  [
+    (lambda: NeedleTask(needles=0), "`needles` must be at least 1, got 0"),
+    (lambda: NeedleTask(questions=2), "`questions` must be in .1, 1."),
+    (lambda: NeedleTask(noise="white"), "`noise` must be"),
+    (
+      lambda: draw_needle(NeedleTask(), 12, seed=0, index=0),
+      "`length` must be at least 13 for `needles` = 1, got 12",
+    ),
+    (
+      lambda: draw_needle(NeedleTask(), 50, seed=0, index=0, depth=1.1),
+      "`depth` must be in .0, 1., got 1.1",
+    ),
+    (
+      lambda: NeedleBatches([], tokens_per_step=9, seed=0),
+      "`stages` must hold at least one",
+    ),
+  ],
+)
+def test_what_does_not_fit_is_refused(make, message):
+  with pytest.raises(ValueError, match=message):
+    make()
+
+
+def test_batches_count_what_follows_the_first_question():
+  examples = [
+    draw_needle(task, 80, seed=0, index=0)
+    for task in (TASKS["one"], TASKS["asked"])
+  ]
+  batch = needle_batch(examples)
+  for row, example in enumerate(examples):
+    np.testing.assert_array_equal(batch["tokens"][row], example.tokens[:-1])
+    np.testing.assert_array_equal(batch["targets"][row], example.tokens[1:])
+    counted = batch["targets"][row][batch["mask"][row]]
+    np.testing.assert_array_equal(
+      counted, example.tokens[example.questions_start + 1 :]
+    )
+
+
+STAGES = (Stage(TASKS["asked"], 60, 2), Stage(TASKS["many"], 120, 1))
+
+
+def batches(**changes):
+  settings = dict(tokens_per_step=480, seed=1) | changes
+  return NeedleBatches(STAGES, **settings)
+
+
+def test_stages_follow_each_other_with_equal_tokens():
+  shapes = [batch["tokens"].shape for batch in itertools.islice(batches(), 5)]
+  assert shapes == [(8, 64)] * 2 + [(4, 124)] * 3
+  stages = [batches().stage_at(step) for step in range(5)]
+  assert stages == [STAGES[0]] * 2 + [STAGES[1]] * 3
+  rows = next(batches(tokens_per_step=300, row_multiple=4))["tokens"]
+  assert rows.shape == (4, 64)
+
+
+def test_no_example_comes_twice():
+  rows = [
+    tuple(row[:60])
+    for batch in itertools.islice(batches(), 5)
+    for row in batch["tokens"].tolist()
+  ]
+  assert len(set(rows)) == len(rows)
+
+
+def test_every_number_of_needles_comes():
+  found = [
+    len(needles_in(row[1 : row.index(QRY)])[0])
+    for row in next(batches())["tokens"].tolist()
+  ]
+  assert found == [1, 2, 3, 4] * 2
+
+
+def test_processes_share_the_rows():
+  whole = next(batches())
+  parts = [
+    next(batches(process_index=index, process_count=2)) for index in range(2)
+  ]
+  for name, rows in whole.items():
+    np.testing.assert_array_equal(
+      np.concatenate([part[name] for part in parts]), rows
+    )
+
+
+def test_a_position_can_be_resumed():
+  running = batches()
+  next(running)
+  state = running.get_state()
+  expected = [next(running)["tokens"] for _ in range(3)]
+  resumed = batches()
+  resumed.set_state(state)
+  for tokens in expected:
+    np.testing.assert_array_equal(next(resumed)["tokens"], tokens)
+  with pytest.raises(UserError, match="`seed` was 1, is 2"):
+    batches(seed=2).set_state(state)
+
+
+def test_stages_that_do_not_hold_the_needles_are_refused():
+  with pytest.raises(UserError, match="4 needles and 3 .* at least 60 tokens"):
+    Stage(TASKS["asked"], 59, 1)

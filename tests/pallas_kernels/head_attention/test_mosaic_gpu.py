@@ -1,0 +1,137 @@
+"""The Mosaic-GPU kernel without a GPU: what it fetches, what it refuses.
+
+Its numbers are for `experiments/check_gpu.py`, on a GPU from Hopper on.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import platform
+from pallas_kernels.head_attention import mosaic_gpu, triton_tiles
+from pallas_kernels.head_attention.api import head_attention
+from pallas_kernels.head_attention.contexts import HeadContexts, Strided
+from pallas_kernels.head_attention.operands import Operands, Settings
+from pallas_kernels.head_attention.tiling import Tiling
+from pallas_kernels.head_attention.triton_problem import describe
+from pallas_kernels.head_attention.triton_walks import Shards
+
+RULE = Strided(local=2, stride=3, residue=1)
+
+
+def _operands(T=256, S=256, H=64, Hv=None, dtype="bfloat16", segments=None):
+  def of(length, size):
+    return jax.ShapeDtypeStruct((1, length, 2, size), jnp.dtype(dtype))
+
+  return Operands(of(T, H), of(S, H), of(S, Hv or H), segments, segments, 0)
+
+
+def _settings(rule=RULE, block=64, **changes):
+  values = dict(
+    pattern=HeadContexts(block, (rule, rule)),
+    scale=1.0,
+    logits_soft_cap=None,
+    q_offset=0,
+    tiling=None,
+  )
+  return Settings(**{**values, **changes})
+
+
+@pytest.mark.parametrize("H", [64, 128, 256])
+@pytest.mark.parametrize("block", [16, 64, 256])
+def test_covers_strided_heads(H, block):
+  operands = _operands(T=1000, S=1000, H=H)
+  assert mosaic_gpu.refusal(_settings(block=block), operands) is None
+
+
+@pytest.mark.parametrize(
+  ("settings", "operands", "message"),
+  [
+    (_settings(Strided(local=2, sinks=1)), _operands(), "sinks"),
+    (_settings(), _operands(dtype="float32"), "float32"),
+    (_settings(), _operands(H=96), "64, 128 or 256.*96"),
+    (_settings(), _operands(H=64, Hv=128), "64 and 128"),
+    (_settings(), _operands(segments=1), "`q_segment_ids`"),
+    (_settings(q_offset=None), _operands(), "`q_offset`"),
+    (_settings(block=4), _operands(), "at least 8 tokens, got 4"),
+    (_settings(), _operands(T=40), "64 queries.*got 40"),
+    (_settings(interpret=True), _operands(), "interpreted"),
+    (
+      _settings(tiling=Tiling(block_q=64, block_kv=64)),
+      _operands(),
+      "128 queries.*got 64 x 64",
+    ),
+    (
+      _settings(tiling=Tiling(block_q=128, block_kv=256)),
+      _operands(H=256),
+      r"shared memory.*block_kv=64\)` fits",
+    ),
+  ],
+)
+def test_says_why_it_refuses(settings, operands, message):
+  reason = mosaic_gpu.refusal(settings, operands)
+  assert reason is not None
+  with pytest.raises(AssertionError, match=message):
+    raise AssertionError(reason)
+
+
+@pytest.mark.parametrize("capability", ["8.0", "10.0"])
+def test_refuses_chips_that_are_not_hopper(monkeypatch, capability):
+  monkeypatch.setattr(triton_tiles, "capability", lambda: capability)
+  reason = mosaic_gpu.refusal(_settings(), _operands())
+  assert reason is not None
+  assert "wgmma" in reason
+
+
+def test_is_never_the_default_and_needs_a_gpu():
+  q = jnp.zeros((1, 128, 2, 64), jnp.bfloat16)
+  pattern = _settings().pattern
+  with pytest.raises(NotImplementedError, match="GPU"):
+    head_attention(q, q, q, pattern=pattern, implementation="mosaic_gpu")
+  # Named ones are tried too while kernels are interpreted: this one is not.
+  with (
+    platform.interpreting(),
+    pytest.raises(NotImplementedError, match="interpreted"),
+  ):
+    head_attention(q, q, q, pattern=pattern, implementation="mosaic_gpu")
+
+
+@pytest.mark.parametrize("block", [16, 64, 256])
+@pytest.mark.parametrize("length", [900, 1024])
+def test_boxes_hold_the_keys_of_the_visit(block, length):
+  """The copies of a visit bring the positions that its mask is made for."""
+  settings = _settings(block=block)
+  tiling = Tiling(block_q=128, block_kv=128)
+  problem = describe(settings, _operands(T=length, S=length), tiling)
+  shards = Shards(problem, local=2, stride=3)
+  box = min(block, 128)
+  for tile in range(problem.q_tiles):
+    visits = shards.visits(jnp.int32(tile), jnp.int32(1), 0)
+    queries = np.arange(tile * 128, min((tile + 1) * 128, length))
+    seen = np.zeros((queries.size, length), int)
+    for visit in range(int(visits.full_count + visits.edge_count)):
+      place = visits.place(jnp.int32(visit))
+      fetched = np.concatenate(
+        [
+          int(shards.position(place.token + row, place.stride, place.residue))
+          + np.arange(box)
+          for row in range(0, 128, box)
+        ]
+      )
+      rows = place.token + jnp.arange(128)
+      keys = shards.position(rows, place.stride, place.residue)
+      np.testing.assert_array_equal(fetched, keys)
+      mask = np.ones((queries.size, 128), bool)
+      if visit >= int(visits.full_count):
+        mask = np.asarray(
+          shards.mask(
+            place, jnp.asarray(queries)[:, None], keys[None], jnp.int32(1)
+          )
+        )
+      inside = fetched < length
+      assert not mask[:, ~inside].any()
+      np.add.at(seen, (slice(None), fetched[inside]), mask[:, inside])
+    j = np.arange(length)[None]
+    wanted = RULE.keep(queries[:, None] // block, j // block)
+    np.testing.assert_array_equal(seen, wanted & (j <= queries[:, None]))
