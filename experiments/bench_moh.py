@@ -116,7 +116,7 @@ def make_runs(
       rope_theta=10_000.0,
       use_bias=False,
       dtype=dtype,
-      execution=variant.execution,  # type: ignore[arg-type]
+      execution=variant.execution,
       rngs=nnx.Rngs(0),
     )
   except ValueError as error:

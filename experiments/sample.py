@@ -96,7 +96,7 @@ def find_run(options: Options) -> pathlib.Path:
       f"`--runs` {str(options.runs)!r} holds no run with a checkpoint; train "
       "one with `python experiments/train_moh.py`, or name one with `--run`"
     )
-  return max(found, key=lambda path: path.name)
+  return max(found, key=lambda path: path.name.partition("-")[2])
 
 
 def continuation(options: Options, model: Any, tokenizer: Any) -> Iterator[int]:

@@ -17,10 +17,10 @@ from typing import Any, NoReturn
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import platform
 from pallas_kernels.aot_compile import DoesNotCompile as DoesNotCompile
 from pallas_kernels.aot_compile import Report as Report
 from pallas_kernels.aot_compile import compile_for as compile_for
+from pallas_kernels.aot_compile import tracing_for
 from pallas_kernels.aot_targets import CHIP_NAMES as CHIP_NAMES
 from pallas_kernels.aot_targets import CompilerMissing as CompilerMissing
 from pallas_kernels.aot_targets import find
@@ -152,7 +152,7 @@ def _compile(
   arguments: tuple[jax.ShapeDtypeStruct, ...] = (q, kv, kv)
   if flags.backward:
     program, arguments = both, (q, kv, kv, q)
-  with platform.compiling_for(find(flags.chip).platform):
+  with tracing_for(find(flags.chip)):
     name, tiles = _choice(q, kv, kv, **options)
   report = compile_for(flags.chip, program, *arguments)
   return [

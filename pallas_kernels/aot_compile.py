@@ -1,5 +1,6 @@
 """Compiles any function for a chip that is not there."""
 
+import contextlib
 import dataclasses
 import functools
 import re
@@ -38,6 +39,23 @@ class Report:
   code_bytes: int
   seconds: float
   kernels: tuple[str, ...]
+
+
+@contextlib.contextmanager
+def tracing_for(target: aot_targets.Chip) -> Iterator[None]:
+  """Kernels chosen and traced inside are for this chip.
+
+  Raises:
+    CompilerMissing: Its compiler is not installed.
+  """
+  device = aot_targets.device(target)
+  mesh = jax.sharding.Mesh(np.array([device]), ("device",))
+  with (
+    platform.compiling_for(target.platform),
+    # Tells Pallas, and who chooses tiles, which one it is.
+    jax.sharding.use_abstract_mesh(mesh.abstract_mesh),
+  ):
+    yield
 
 
 def compile_for(
@@ -81,14 +99,9 @@ def compile_for(
   def fresh(*args: Any) -> Any:
     return fn(*args)
 
-  mesh = jax.sharding.Mesh(np.array([device]), ("device",))
   language = "cuda" if target.platform == "gpu" else "tpu"
   start = time.perf_counter()
-  with (
-    platform.compiling_for(target.platform),
-    # Tells Pallas which TPU it is.
-    jax.sharding.use_abstract_mesh(mesh.abstract_mesh),
-  ):
+  with tracing_for(target):
     traced = jax.jit(fresh).trace(*arguments)
     kernels = tuple(_kernels(traced.jaxpr.jaxpr))
     try:
@@ -146,9 +159,13 @@ def _one_gpu_a_process(
 def _kernels(jaxpr: Any) -> Iterator[str]:
   """Pallas kernels of a program, also those of the programs it calls."""
   for equation in jaxpr.eqns:
-    if equation.primitive.name == "pallas_call":
-      name = equation.params.get("name") or "kernel"
-      grid = getattr(equation.params.get("grid_mapping"), "grid", ())
+    # `pallas_call`, and what `pallas.mosaic_gpu.kernel` becomes.
+    if equation.primitive.name in ("pallas_call", "mpmd_map", "core_map"):
+      params = equation.params
+      places = (params.get("grid_mapping"), *params.get("meshes", ()))
+      grids = [tuple(getattr(place, "grid", ())) for place in places]
+      grid = next(filter(None, grids), ())
+      name = params.get("name") or "kernel"
       yield f"{name} ({' x '.join(map(str, grid))})"
       continue
     for value in equation.params.values():
@@ -200,6 +217,11 @@ _REASONS = (
     r"[^|]*?space=smem",
     "SMEM exceeded: one table has {0} bytes, all of it {1}. Take larger tiles:"
     " the work lists get shorter.",
+  ),
+  (
+    rf"memory space vmem\. Used {_SIZE} of {_SIZE} vmem",
+    "VMEM exceeded: the program needs {0}, all of it has {1}. Take smaller "
+    "tiles.",
   ),
   (
     rf"\({_SIZE}\) exceeds available HBM \({_SIZE}\)",

@@ -28,7 +28,7 @@ DENSE = Strided(local=1, stride=1)
 BLOCKS = 24  # Of the masks, unless a case needs more.
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Heads:
   """A pattern as rules and, independently, as a block mask.
 
@@ -141,7 +141,7 @@ def joined(*parts):
   )
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Case:
   """One call; letters as in the library, K=None means N.
 
@@ -368,11 +368,6 @@ def check(case, implementation, door=head_attention):
   return inputs, result
 
 
-def positions_of(case):
-  """Positions of the queries among the keys."""
-  return case.first_position + np.arange(case.T)
-
-
 def to_dtype(arrays, dtype):
   return {name: jnp.asarray(x, dtype) for name, x in arrays.items()}
 
@@ -570,8 +565,6 @@ LONG = (
     heads=strided(2, block=16, local=3, stride=2, reach=100),
     T=300,
     S=1523,
-    H=4,
-    Hv=4,
     tiling=None,
   ),
   Case(
@@ -583,8 +576,6 @@ LONG = (
     S=1500,
     q_offset=1301,
     K=2,
-    H=4,
-    Hv=4,
     segments="few",
     tiling=None,
   ),
@@ -593,8 +584,6 @@ LONG = (
     heads=window(1, block=16, local=80, reach=100),
     T=300,
     S=1523,
-    H=4,
-    Hv=4,
     tiling=None,
   ),
   Case(
@@ -603,8 +592,6 @@ LONG = (
     T=300,
     S=1500,
     q_offset=1177,
-    H=4,
-    Hv=4,
     tiling=None,
   ),
 )

@@ -24,6 +24,7 @@ PUBLIC = [
   "jaxheads.nn",
   "jaxheads.rope",
   "jaxheads.s2",
+  "jaxheads.sharding",
   "jaxheads.training",
   "pallas_kernels",
   "pallas_kernels.head_attention",

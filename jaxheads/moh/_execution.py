@@ -6,12 +6,12 @@ from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxheads.moh._dense import attention_mask, dense_attention
 from jaxheads.moh._routing import Routing
 from jaxheads.rope import apply_rope, rope_angles, rotate
+from jaxheads.sharding import per_device
 from pallas_kernels.packing import Packing, gather_rows, pack
 from pallas_kernels.routed_attention import routed_attention
 from pallas_kernels.routed_attention.tiling import default_tiling
@@ -151,7 +151,12 @@ def moh_attention(
       "`weights_fn` sees the weights of all heads: it needs "
       "`execution='dense'`, got 'dispatch'."
     )
-  return _per_device(functools.partial(_dispatch, options), tokens, weights)
+  return per_device(
+    functools.partial(_dispatch, options),
+    tokens,
+    weights,
+    batch_size=x.shape[0],
+  )
 
 
 def choose_execution(
@@ -235,35 +240,6 @@ def _dispatch(
   if routing is not None:
     rows = _gate(rows, gather_rows(routing.gates, packing))
   return project_out(rows, weights.w_o, packing, implementation=implementation)
-
-
-def _per_device(
-  run: Callable[[_Tokens, _Weights], Array],
-  tokens: _Tokens,
-  weights: _Weights,
-) -> Array:
-  """Runs on each device's own sequences, if there is a mesh axis "data".
-
-  The partitioner of `jax.jit` would gather the loops' operands on every
-  device.
-  """
-  mesh = jax.sharding.get_abstract_mesh()
-  batch = tokens.x.shape[0]
-  shards = dict(mesh.shape).get("data", 1)
-  if shards == 1 or batch % shards:
-    return run(tokens, weights)
-
-  def spec(leaf: Array) -> PartitionSpec:
-    return PartitionSpec("data" if leaf.shape[0] == batch else None)
-
-  sharded = jax.shard_map(
-    run,
-    in_specs=(jax.tree.map(spec, tokens), PartitionSpec()),
-    out_specs=PartitionSpec("data"),
-    axis_names={"data"},
-    check_vma=False,
-  )
-  return sharded(tokens, weights)
 
 
 def _gate(

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxheads.moh._execution import _per_device
+from jaxheads.sharding import per_device
 from pallas_kernels.head_attention import HeadContexts, head_attention
 from pallas_kernels.head_attention.reference import visible
 
@@ -21,7 +21,7 @@ _MOST_DENSE_WEIGHTS = 2**28
 class _Tokens(NamedTuple):
   """Arrays with a batch axis."""
 
-  x: Float[Array, "B T N H"]  # Queries.
+  q: Float[Array, "B T N H"]
   k: Float[Array, "B S K H"]
   v: Float[Array, "B S K H"]
   gates: Float[Array, "B T N"] | None
@@ -84,7 +84,7 @@ def patterned_attention(
     q_offset=static,
     implementation=implementation,
   )
-  return _per_device(run, tokens, shared)  # type: ignore[arg-type]
+  return per_device(run, tokens, shared, batch_size=q.shape[0])
 
 
 def _run(
@@ -96,7 +96,7 @@ def _run(
   implementation: str | None,
 ) -> Float[Array, "B T Dout"]:
   out = head_attention(
-    tokens.x,
+    tokens.q,
     tokens.k,
     tokens.v,
     pattern=pattern,

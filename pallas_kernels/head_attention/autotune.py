@@ -79,7 +79,7 @@ def autotune(
   if not tilings:
     raise ValueError("`candidates` must hold at least one tiling.")
 
-  def program(tiling: Tiling) -> Callable[..., Any]:
+  def program(tiling: Tiling) -> Any:
     def run(q: Array, k: Array, v: Array) -> Array:
       return head_attention(q, k, v, pattern=pattern, tiling=tiling, **options)
 
@@ -148,9 +148,10 @@ def main(arguments: list[str] | None = None) -> None:
     timings = _tune(flags)
   except (TypeError, ValueError) as error:
     parser.error(" ".join(str(error).split()))
-  for tiling, median_s, error in timings:
-    sizes = f"block_q {tiling.block_q:5}  block_kv {tiling.block_kv:5}"
-    print(sizes, error or f"{1e3 * median_s:10.3f} ms")
+  for timing in timings:
+    block_q, block_kv = timing.tiling.block_q, timing.tiling.block_kv
+    result = timing.error or f"{1e3 * timing.median_s:10.3f} ms"
+    print(f"block_q {block_q:5}  block_kv {block_kv:5}", result)
 
 
 def _tune(flags: argparse.Namespace) -> list[Timing]:

@@ -25,6 +25,7 @@ from pallas_kernels.head_attention.mosaic_tpu_plan import (
 )
 from pallas_kernels.head_attention.mosaic_tpu_settings import (
   make_layouts,
+  overlap,
   vmem_limit,
 )
 from pallas_kernels.head_attention.mosaic_tpu_settings import (
@@ -38,11 +39,12 @@ _NOTHING_SEEN = 1e30
 
 
 def _options(
-  settings: Settings, operands: Operands, layout: Layout
+  settings: Settings, operands: Operands, layout: Layout, *, backward: bool
 ) -> dict[str, Any]:
   return dict(
     scale=settings.scale,
     soft_cap=settings.logits_soft_cap,
+    overlap=overlap(layout, backward=backward),
     vmem_bytes=vmem_limit(layout, operands),
     interpret=settings.interpret,
   )
@@ -77,9 +79,16 @@ def forward(
     )
   for layout, plan in zip(layouts, plans, strict=True):
     keys = _keys(layout, operands)
-    options = _options(settings, operands, layout)
+    options = _options(settings, operands, layout, backward=False)
     for call in plan.calls:
-      results = attend(layout, call, queries, keys, previous=results, **options)
+      results = attend(
+        layout,
+        call,
+        queries,
+        keys,
+        previous=results,
+        **options,
+      )
   assert results is not None
   out, lse = results
   return out[:, :, :T].swapaxes(1, 2), lse[:, :, 0, :T]
@@ -106,7 +115,7 @@ def backward(
   parts = []
   for layout, plan in zip(layouts, plans, strict=True):
     keys = _keys(layout, operands)
-    options = _options(settings, operands, layout)
+    options = _options(settings, operands, layout, backward=True)
     for call in plan.calls:
       dq = query_gradient(layout, call, queries, keys, previous=dq, **options)
     parts.append(

@@ -27,7 +27,9 @@ from pallas_kernels.head_attention.mosaic_tpu_items import (
 from pallas_kernels.head_attention.mosaic_tpu_masks import Chunk
 from pallas_kernels.head_attention.mosaic_tpu_plan import Layout
 from pallas_kernels.head_attention.mosaic_tpu_tile import (
+  LOG2_E,
   Logits,
+  Overlap,
   Tile,
   TileContext,
   chunk_by_chunk,
@@ -50,7 +52,8 @@ def _weigh(
   """P and ds of a chunk, [keys, queries] in the inputs' dtype."""
   logits, dp = products
   queries = context.inputs.queries
-  p = jnp.exp2(logits.base2 - context.columns(queries.lse, chunk))
+  base2 = logits.values * (context.unit * LOG2_E)
+  p = jnp.exp2(base2 - context.columns(queries.lse, chunk))
   ds = p * (dp - context.columns(queries.delta, chunk))
   if logits.slope is not None:
     ds = ds * logits.slope
@@ -71,6 +74,7 @@ def _dq_kernel(
   call: Call,
   scale: float,
   soft_cap: float | None,
+  overlap: Overlap,
 ) -> None:
   del previous  # The rest of the arrays that are written into.
   row, item, member = (pl.program_id(axis) for axis in (1, 2, 3))
@@ -91,6 +95,7 @@ def _dq_kernel(
 
     chunk_by_chunk(
       layout.tiling.block_q,
+      overlap,
       functools.partial(_products, context, tile, kind),
       functools.partial(_weigh, context),
       add,
@@ -119,6 +124,7 @@ def _dkv_kernel(
   call: Call,
   scale: float,
   soft_cap: float | None,
+  overlap: Overlap,
   adds: bool,
 ) -> None:
   row, item, member = (pl.program_id(axis) for axis in (1, 2, 3))
@@ -143,6 +149,7 @@ def _dkv_kernel(
 
     chunk_by_chunk(
       layout.tiling.block_q,
+      overlap,
       functools.partial(_products, context, tile, kind),
       functools.partial(_weigh, context),
       add,
@@ -172,6 +179,7 @@ def query_gradient(
   *,
   scale: float,
   soft_cap: float | None,
+  overlap: Overlap,
   previous: tuple[jax.Array] | None,
   vmem_bytes: int | None,
   interpret: Any,
@@ -180,7 +188,12 @@ def query_gradient(
   size = queries.q.shape[-1]
   (dq,) = specs.run_call(
     functools.partial(
-      _dq_kernel, layout=layout, call=call, scale=scale, soft_cap=soft_cap
+      _dq_kernel,
+      layout=layout,
+      call=call,
+      scale=scale,
+      soft_cap=soft_cap,
+      overlap=overlap,
     ),
     layout,
     call,
@@ -204,6 +217,7 @@ def key_gradients(
   *,
   scale: float,
   soft_cap: float | None,
+  overlap: Overlap,
   dtype: Any,
   previous: tuple[jax.Array, ...] | None,
   adds: bool,
@@ -217,6 +231,7 @@ def key_gradients(
     call: Items of the near part, or of the far part.
     queries, keys: What they read.
     scale, soft_cap: Of the logits.
+    overlap: How query tiles are cut.
     dtype: Of the gradients.
     previous: Arrays to write into, as what is returned.
     adds: Adds to what is in `previous` instead of replacing it.
@@ -254,6 +269,7 @@ def key_gradients(
       call=call,
       scale=scale,
       soft_cap=soft_cap,
+      overlap=overlap,
       adds=adds,
     ),
     layout,

@@ -20,9 +20,10 @@ from pallas_kernels.head_attention.mosaic_tpu_items import (
 from pallas_kernels.head_attention.mosaic_tpu_masks import Chunk
 from pallas_kernels.head_attention.mosaic_tpu_plan import Layout
 from pallas_kernels.head_attention.mosaic_tpu_tile import (
-  LN_2,
+  LOG2_E,
   LOWEST,
   Logits,
+  Overlap,
   TileContext,
   chunk_by_chunk,
   load_tile,
@@ -44,6 +45,7 @@ def _kernel(
   call: Call,
   scale: float,
   soft_cap: float | None,
+  overlap: Overlap,
 ) -> None:
   del previous  # The rest of the arrays that are written into.
   row, item, member = (pl.program_id(axis) for axis in (1, 2, 3))
@@ -60,14 +62,14 @@ def _kernel(
   def weigh(chunk: Chunk, logits: Logits) -> tuple[jax.Array, jax.Array]:
     """Weights [keys, queries], and what earlier sums shrink by."""
     m_old = context.columns(m_ref, chunk)
-    l_old = context.columns(l_ref, chunk)
-    peak = jnp.max(logits.base2, axis=0, keepdims=True)
-    m_new = jnp.maximum(m_old, peak)
-    p = jnp.exp2(logits.base2 - m_new)
-    shrink = jnp.exp2(m_old - m_new)
+    values, base2 = logits.values, context.unit * LOG2_E
+    m_new = jnp.maximum(m_old, jnp.max(values, axis=0, keepdims=True))
+    p = jnp.exp2((values - m_new) * base2)
+    shrink = jnp.exp2((m_old - m_new) * base2)
     at = pl.ds(chunk.start, chunk.size)
+    total = jnp.sum(p, axis=0, keepdims=True)
     m_ref[:, at] = m_new
-    l_ref[:, at] = l_old * shrink + jnp.sum(p, axis=0, keepdims=True)
+    l_ref[:, at] = l_ref[:, at] * shrink + total
     return p.astype(out_ref.dtype), shrink
 
   def add_tile(kind: int) -> None:
@@ -80,6 +82,7 @@ def _kernel(
 
     chunk_by_chunk(
       layout.tiling.block_q,
+      overlap,
       functools.partial(context.logits, tile, kind),
       weigh,
       add,
@@ -97,7 +100,7 @@ def _kernel(
     safe = jnp.where(seen, l, 1.0)
     # Rows that see nothing have a zero accumulator.
     out_ref[...] = (acc_ref[...] / safe).T.astype(out_ref.dtype)
-    lse = m_ref[...] * LN_2 + jnp.log(safe)
+    lse = m_ref[...] * context.unit + jnp.log(safe)
     lse_ref[...] = jnp.where(seen, lse, -jnp.inf)
 
 
@@ -109,6 +112,7 @@ def attend(
   *,
   scale: float,
   soft_cap: float | None,
+  overlap: Overlap,
   previous: tuple[jax.Array, jax.Array] | None,
   vmem_bytes: int | None,
   interpret: Any,
@@ -119,7 +123,12 @@ def attend(
   block_q = layout.tiling.block_q
   out, lse = specs.run_call(
     functools.partial(
-      _kernel, layout=layout, call=call, scale=scale, soft_cap=soft_cap
+      _kernel,
+      layout=layout,
+      call=call,
+      scale=scale,
+      soft_cap=soft_cap,
+      overlap=overlap,
     ),
     layout,
     call,

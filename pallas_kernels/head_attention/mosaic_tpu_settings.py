@@ -8,6 +8,7 @@ from pallas_kernels.head_attention.mosaic_tpu_items import (
   MAX_Q_TILES,
 )
 from pallas_kernels.head_attention.mosaic_tpu_plan import Layout
+from pallas_kernels.head_attention.mosaic_tpu_tile import Overlap
 from pallas_kernels.head_attention.operands import Operands, Settings
 from pallas_kernels.head_attention.schedule import (
   StridedHeads,
@@ -54,6 +55,26 @@ def vmem_limit(layout: Layout, operands: Operands) -> int:
   """Vector memory to ask for, in bytes."""
   needed = _vmem_bytes(layout.block, layout.run, layout.tiling, operands)
   return min(_vmem_capacity(), max(_SMALLEST_VMEM, needed + needed // 4))
+
+
+def overlap(layout: Layout, *, backward: bool) -> Overlap:
+  """How the kernels cut their query tiles on this TPU.
+
+  Chosen by the bundles that the compiler schedules for a full tile of 1024 x
+  1024 x 128 in bfloat16. Forward, of 128 queries with two chunks ahead and of
+  256 with one: v5e 4772 and 4296, v6e 2910 and 3092. Backward, of whole tiles
+  and of 256 with one chunk ahead: v5e 5435 and 5952 for dq, 7147 and 8175 for
+  dk and dv; v6e 2788 and 2782, 4247 and 4226.
+  """
+  try:
+    newer = pltpu.get_tpu_info().generation >= 6
+  except ValueError:
+    newer = False
+  if backward and not newer:
+    return Overlap(layout.tiling.block_q, ahead=1)
+  if newer and not backward:
+    return Overlap(128, ahead=2)
+  return Overlap(256, ahead=1)
 
 
 def refusal(settings: Settings, operands: Operands) -> str | None:

@@ -4,7 +4,6 @@ Keys go down and queries across: the running maximum and sum are rows along
 the lanes, and their reductions run over the cheap axis.
 """
 
-import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
@@ -26,13 +25,22 @@ P = TypeVar("P")
 W = TypeVar("W")
 
 LOG2_E = float(np.log2(np.e))
-LN_2 = float(np.log(2))
 
-# Queries whose softmax runs while the matrix unit works on their neighbours.
-_CHUNK = 256
 
-# Where the running maximum starts. Hidden logits are -inf, so that they have
-# no weight even while nothing has been seen.
+class Overlap(NamedTuple):
+  """How the work on a query tile is cut.
+
+  Attributes:
+    chunk: Queries whose softmax runs while the matrix unit works on others.
+    ahead: Chunks whose products come before it.
+  """
+
+  chunk: int
+  ahead: int
+
+
+# Where the running maximum starts, finite: hidden logits are -inf and have no
+# weight even while nothing has been seen.
 LOWEST = -1e30
 
 
@@ -52,12 +60,12 @@ class Logits(NamedTuple):
   """Of a chunk, float32 [keys, queries].
 
   Attributes:
-    base2: In units of log 2; hidden ones -inf.
+    values: In units of `TileContext.unit`; hidden ones -inf.
     slope: What the soft cap multiplies gradients with, or None.
     mask: None if all are visible.
   """
 
-  base2: jax.Array
+  values: jax.Array
   slope: jax.Array | None
   mask: jax.Array | None
 
@@ -84,24 +92,24 @@ def load_tile(inputs: Inputs, kind: int) -> Tile:
 
 def chunk_by_chunk(
   block_q: int,
+  overlap: Overlap,
   multiply: Callable[[Chunk], P],
   weigh: Callable[[Chunk, P], W],
   add: Callable[[Chunk, W], None],
 ) -> None:
   """Runs `add(weigh(multiply(chunk)))` on every part of a query tile.
 
-  Multiplies one chunk ahead and adds one behind: the compiler keeps the order
-  of the matrix products, and these must not wait for the softmax.
+  Multiplies chunks ahead and adds one behind: the compiler keeps the order of
+  the matrix products, and these must not wait for the softmax.
   """
-  size = min(block_q, _CHUNK)
+  size = min(block_q, overlap.chunk)
   parts = [Chunk(start, size) for start in range(0, block_q, size)]
-  ahead = multiply(parts[0])
+  products = [multiply(chunk) for chunk in parts[: overlap.ahead]]
   behind: tuple[Chunk, W] | None = None
-  for chunk, following in itertools.zip_longest(parts, parts[1:]):
-    product = ahead
-    if following is not None:
-      ahead = multiply(following)
-    weights = weigh(chunk, product)
+  for at, chunk in enumerate(parts):
+    if at + overlap.ahead < len(parts):
+      products.append(multiply(parts[at + overlap.ahead]))
+    weights = weigh(chunk, products.pop(0))
     if behind is not None:
       add(*behind)
     behind = chunk, weights
@@ -128,6 +136,16 @@ class TileContext(NamedTuple):
   item: Any
   step: Step
 
+  @property
+  def unit(self) -> float:
+    """What the values of the logits are multiplied with; positive.
+
+    After the maximum is taken, so that the products need not be stored.
+    """
+    if self.soft_cap is not None:
+      return self.soft_cap
+    return self.scale if self.scale > 0 else 1.0
+
   def rows(self, ref: Any, chunk: Chunk) -> jax.Array:
     """A chunk of a query tile, [queries, size]."""
     return ref[chunk.start : chunk.start + chunk.size, :]
@@ -139,14 +157,13 @@ class TileContext(NamedTuple):
   def logits(self, tile: Tile, kind: int, chunk: Chunk) -> Logits:
     """Masked logits of a chunk."""
     queries = self.inputs.queries
-    raw = matmul(tile.k, self.rows(queries.q, chunk), (1, 1))
+    values = matmul(tile.k, self.rows(queries.q, chunk), (1, 1))
     slope = None
-    if self.soft_cap is None:
-      base2 = raw * (self.scale * LOG2_E)
-    else:
-      bounded = jnp.tanh(raw * (self.scale / self.soft_cap))
-      slope = 1 - bounded * bounded
-      base2 = bounded * (self.soft_cap * LOG2_E)
+    if self.soft_cap is not None:
+      values = jnp.tanh(values * (self.scale / self.soft_cap))
+      slope = 1 - values * values
+    elif self.scale <= 0:
+      values = values * self.scale
     mask = tile_mask(
       self.layout, self.tables, self.item, self.step, kind, chunk
     )
@@ -156,5 +173,5 @@ class TileContext(NamedTuple):
       )
       mask = same if mask is None else mask & same
     if mask is not None:
-      base2 = jnp.where(mask, base2, -jnp.inf)
-    return Logits(base2, slope, mask)
+      values = jnp.where(mask, values, -jnp.inf)
+    return Logits(values, slope, mask)

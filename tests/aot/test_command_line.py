@@ -85,6 +85,21 @@ def test_aliases_and_descriptions_exist():
       "166912. Take smaller tiles.",
     ),
     (
+      "RESOURCE_EXHAUSTED: E1001: CompileTimeScopedVmemOom:\nRan out of memory "
+      "in memory space vmem while allocating on stack for %x. Scoped "
+      "allocation with size 83.12M and limit 16.00M exceeded scoped vmem limit "
+      "by 67.12M.",
+      "VMEM exceeded: a kernel needs 83.12M, its limit is 16.00M. Take smaller "
+      "tiles.",
+    ),
+    (
+      "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory "
+      "in memory space vmem. Used 256.00M of 127.94M vmem. Exceeded vmem "
+      "capacity by 128.06M.",
+      "VMEM exceeded: the program needs 256.00M, all of it has 127.94M. Take "
+      "smaller tiles.",
+    ),
+    (
       "Mosaic GPU kernel exceeds available shared memory: smem_bytes=395352 > "
       "max_smem_bytes=232448",
       "shared memory exceeded: a kernel needs 395352 bytes, its limit is "

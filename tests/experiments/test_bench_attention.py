@@ -21,7 +21,7 @@ def test_writes_figures_and_a_drawing(tmp_path, monkeypatch, capsys):
     monkeypatch,
     *("--lengths", "64", "128", "--strides", "2", "--local-blocks", "2"),
     *("--block-size", "8", "--heads", "2", "--head-dim", "8", "--rounds", "2"),
-    *("--break-even-length", "64", "--dense-limit-gib", "0.0005"),
+    *("--break-even-length", "64", "--dense-limit-gib", "0.0003"),
     *("--json", str(figures), "--png", str(drawing)),
   )
   written = json.loads(figures.read_text())
@@ -30,7 +30,7 @@ def test_writes_figures_and_a_drawing(tmp_path, monkeypatch, capsys):
     for row in written["rows"]
   }
   assert len(rows) == 2 * 2 * 4
-  # 2 * 2 * 4 * 4 * 64**2 bytes are within the limit, four times that is not.
+  # 16 bytes for each of 2 x 64 x 64 logits are within the limit, four times that is not.
   assert rows[64, "forward", "dense, jax.nn"]["median_ms"] > 0
   absent = rows[128, "forward", "dense, jax.nn"]["absent"]
   assert "--dense-limit-gib" in absent

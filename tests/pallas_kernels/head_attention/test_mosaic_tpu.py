@@ -157,6 +157,7 @@ def test_a_race_would_be_seen(capsys):
         ),
       ),
       id="a group across runs",
+      marks=pytest.mark.slow,
     ),
     pytest.param(tables(random_masks(1, 12).repeat(4, 0)), id="one table"),
     pytest.param(tables(random_masks(2, 12)[[0, 1, 1, 0]]), id="two tables"),
@@ -185,6 +186,7 @@ def test_heads_that_share_a_table_share_its_list():
   assert (call.rows, call.members) == (2, 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "pattern",
   [
@@ -235,6 +237,7 @@ def test_queries_after_the_last_key_tile():
   check(pattern, inputs(80, 40, N=2, K=2), q_offset=21)
 
 
+@pytest.mark.slow
 def test_huge_hidden_keys_leave_no_trace():
   pattern = strided(0, 1)
   q, k, v, cotangent = inputs(64, 64, N=2, K=2)
@@ -289,6 +292,7 @@ def dense(pattern, arrays):
   return [np.asarray(x, np.float32) for x in (out, *gradients)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sharpness", [1.0, 8.0])
 def test_bfloat16_is_about_as_exact_as_dense_bfloat16(sharpness):
   pattern = strided(0, 1, 2, 3)
