@@ -33,8 +33,8 @@ import tyro
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from experiments import attention_cases
-from experiments.attention_cases import Call, Calls, Problem, Unavailable
+from experiments import _attention_cases as attention_cases
+from experiments._attention_cases import Call, Calls, Problem, Unavailable
 from jaxheads.errors import UserError, one_line_errors
 
 _HERE = pathlib.Path(__file__).parent

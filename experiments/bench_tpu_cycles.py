@@ -11,6 +11,7 @@ splash attention gets the same masks. Needs `pip install 'jaxheads[aot]'`.
 """
 
 import concurrent.futures
+import concurrent.futures.process
 import dataclasses
 import importlib.metadata
 import json
@@ -24,14 +25,14 @@ import rich.console
 import rich.table
 import tyro
 
-from experiments.tpu_cycle_cases import (
+from experiments._tpu_cycle_cases import (
   HEAD_SIZE,
   Case,
   Problem,
   Schedules,
   compile_case,
 )
-from experiments.tpu_cycle_costs import (
+from experiments._tpu_cycle_costs import (
   PARTS,
   Tile,
   floor,
@@ -109,26 +110,33 @@ def cases(chips: Iterable[str]) -> list[Case]:
   return found
 
 
+def compile_alone(case: Case, problem: Problem) -> Schedules | str:
+  """A case in a fresh process, which a compiler may take down with it."""
+  spawn = multiprocessing.get_context("spawn")
+  with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as pool:
+    try:
+      return pool.submit(compile_case, case, problem).result()
+    except concurrent.futures.process.BrokenProcessPool:
+      return "the compiler crashed"
+
+
 def compile_all(
   listed: list[Case],
   problem: Problem,
   workers: int,
   console: rich.console.Console,
 ) -> Results:
-  """Every case in a fresh process."""
+  """Every case; so many at once."""
   results: Results = {}
-  with concurrent.futures.ProcessPoolExecutor(
-    workers,
-    mp_context=multiprocessing.get_context("spawn"),
-    max_tasks_per_child=1,
-  ) as pool:
+  with concurrent.futures.ThreadPoolExecutor(workers) as pool:
     pending = {
-      pool.submit(compile_case, case, problem): case for case in listed
+      pool.submit(compile_alone, case, problem): case for case in listed
     }
     for future in concurrent.futures.as_completed(pending):
       case = pending[future]
-      results[case] = future.result()
-      console.print(f"compiled {len(results)} of {len(listed)}: {case}")
+      results[case] = found = future.result()
+      outcome = f": {found}" if isinstance(found, str) else ""
+      console.print(f"{len(results)} of {len(listed)}: {case}{outcome}")
   return {case: results[case] for case in listed}
 
 
@@ -351,6 +359,8 @@ def environment() -> dict[str, str]:
 def main() -> None:
   config = tyro.cli(BenchConfig, description=__doc__)
   console = rich.console.Console()
+  if not console.is_terminal:
+    console.width = 160  # The tables are wide.
   problem = Problem()
   results = compile_all(
     cases(config.chips),

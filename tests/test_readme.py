@@ -21,13 +21,15 @@ def code_blocks(language):
   return re.findall(rf"^```{language}\n(.*?)^```$", README, re.M | re.S)
 
 
-def test_the_library_example_prints_what_it_says():
-  (example,) = code_blocks("python")
-  (expected,) = code_blocks("text")
-  printed = io.StringIO()
-  with contextlib.redirect_stdout(printed):
-    exec(compile(example, "README.md", "exec"), {})
-  assert printed.getvalue() == expected
+def test_the_library_examples_print_what_they_say():
+  names = {}  # A reader types one after the other.
+  for example, expected in zip(
+    code_blocks("python"), code_blocks("text"), strict=True
+  ):
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+      exec(compile(example, "README.md", "exec"), names)
+    assert printed.getvalue() == expected
 
 
 def test_two_commands_near_the_top_each_one_line():

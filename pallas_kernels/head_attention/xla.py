@@ -42,6 +42,11 @@ def forward(
   settings: Settings, operands: Operands
 ) -> tuple[Float[Array, "B T N Hv"], Float[Array, "B N T"]]:
   """Output in q's dtype, and the float32 log-sum-exp."""
+  if _is_empty(operands):
+    q, v = operands.q, operands.v
+    batch, length, heads = q.shape[:3]
+    out = jnp.zeros((*q.shape[:3], v.shape[3]), q.dtype)
+    return out, jnp.full((batch, heads, length), -jnp.inf, jnp.float32)
   if xla_dense.fits(operands):
     return xla_dense.forward(settings, operands)
   results = [
@@ -66,6 +71,8 @@ def backward(
 ]:
   """Gradients of q, k and v; float32 sums, returned in their dtypes."""
   q, k, v = operands[:3]
+  if _is_empty(operands):
+    return jnp.zeros_like(q), jnp.zeros_like(k), jnp.zeros_like(v)
   empty = lse == -jnp.inf
   delta = jnp.einsum(
     "btnh,btnh->bnt",
@@ -91,6 +98,11 @@ def backward(
     dv = dv.at[:, :, run.kv_start : run.kv_stop].add(run_dv)
   dq = jnp.concatenate(all_dq, axis=2)
   return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype)
+
+
+def _is_empty(operands: Operands) -> bool:
+  """Whether there are no queries, or no keys for them to see."""
+  return not (operands.q.size and operands.k.size)
 
 
 class _Heads:

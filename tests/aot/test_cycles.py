@@ -9,9 +9,9 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
   splash_attention_mask_info as splash_info,
 )
 
+from experiments import _tpu_cycle_costs as costs
 from experiments import bench_tpu_cycles as bench
-from experiments import tpu_cycle_costs as costs
-from experiments.tpu_cycle_cases import Case, Problem, dense_masks
+from experiments._tpu_cycle_cases import Case, Problem, dense_masks
 from pallas_kernels.aot_bundles import Body, Schedule
 
 PROBLEM = Problem(length=2048, block=64, local=2, stride=8, heads=3)

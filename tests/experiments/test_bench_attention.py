@@ -5,8 +5,9 @@ import sys
 
 import pytest
 
-from experiments import attention_cases, bench_attention
-from experiments.attention_cases import Problem
+from experiments import _attention_cases as attention_cases
+from experiments import bench_attention
+from experiments._attention_cases import Problem
 
 
 def run(monkeypatch, *flags):
@@ -30,7 +31,8 @@ def test_writes_figures_and_a_drawing(tmp_path, monkeypatch, capsys):
     for row in written["rows"]
   }
   assert len(rows) == 2 * 2 * 4
-  # 16 bytes for each of 2 x 64 x 64 logits are within the limit, four times that is not.
+  # 16 bytes a logit: 64 x 64 of them a head are within the limit, four times
+  # that is not.
   assert rows[64, "forward", "dense, jax.nn"]["median_ms"] > 0
   absent = rows[128, "forward", "dense, jax.nn"]["absent"]
   assert "--dense-limit-gib" in absent

@@ -23,6 +23,7 @@ def test_a_right_kernel_passes(dtype):
   assert set(row["errors"]) == set(check_gpu.NAMES)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("changed", check_gpu.NAMES)
 @pytest.mark.parametrize("wrong_runs", [(1, 2), (2,), ()])
 def test_wrong_numbers_and_other_bits_fail(monkeypatch, changed, wrong_runs):

@@ -45,17 +45,12 @@ IMPLEMENTATIONS = COMPILED + INTERPRETED
 # What an interpreted kernel is asked in the quick run: each of them meets
 # another part of the code. The rest is marked slow.
 QUICK = {
-  "one token",
-  "a block and one",
   "last queries, off the block",
-  "keys after the last query",
   "queries after the last key",
   "context ranges, empty rows",
   "residues differ inside a group",
-  "group of 4, head sizes 24 and 40",
   "everything at once",
   "tiles below a block",
-  "wide key tiles",
 }
 
 
@@ -75,7 +70,7 @@ def implementation(request):
 @pytest.fixture(
   params=[
     *COMPILED,
-    *(pytest.param(name, marks=pytest.mark.slow) for name in INTERPRETED),
+    *(pytest.param(name, marks=pytest.mark.exhaustive) for name in INTERPRETED),
   ]
 )
 def each_in_time(request):
@@ -101,7 +96,7 @@ def each_case():
       if name == "reference" and case in TILES + LONG:
         continue  # It has no tiles.
       slow = name in INTERPRETED and case.name not in QUICK
-      marks = [pytest.mark.slow] if slow else []
+      marks = [pytest.mark.exhaustive] if slow else []
       params.append(
         pytest.param(name, case, marks=marks, id=f"{name}-{case.name}")
       )
@@ -184,8 +179,8 @@ def cases(draw_from, name):
   [
     pytest.param("reference", 6),
     pytest.param("xla", 12),
-    pytest.param("mosaic_tpu", 10, marks=pytest.mark.slow),
-    pytest.param("triton", 10, marks=pytest.mark.slow),
+    pytest.param("mosaic_tpu", 10, marks=pytest.mark.exhaustive),
+    pytest.param("triton", 10, marks=pytest.mark.exhaustive),
   ],
 )
 def test_any_call_is_the_oracles(name, examples):
@@ -490,7 +485,9 @@ def test_traced_offsets_need_no_compilation(name):
   assert len(traces) == 1
 
 
-@pytest.mark.parametrize("name", COMPILED)
+@pytest.mark.parametrize(
+  "name", [*COMPILED, pytest.param("triton", marks=pytest.mark.exhaustive)]
+)
 def test_gradients_under_traced_offsets(name):
   heads = strided(4, stride=4, local=2)
   case = Case(name="traced", heads=heads, T=13, S=53, q_offset=29)
@@ -499,7 +496,24 @@ def test_gradients_under_traced_offsets(name):
   def door(*args, q_offset, **kwargs):
     return head_attention(*args, q_offset=jnp.int32(q_offset), **kwargs)
 
-  check_values(case, inputs, run(case, inputs, name, door))
+  with running(name):
+    check_values(case, inputs, run(case, inputs, name, door))
+
+
+def test_static_visits_need_a_static_offset():
+  q = jnp.ones((1, 16, 2, 8))
+  with (
+    running("mosaic_tpu"),
+    pytest.raises(NotImplementedError, match="`q_offset`.*`implementation="),
+  ):
+    head_attention(
+      q,
+      q,
+      q,
+      pattern=strided(2).pattern,
+      q_offset=jnp.int32(0),
+      implementation="mosaic_tpu",
+    )
 
 
 @pytest.mark.parametrize("name", COMPILED)

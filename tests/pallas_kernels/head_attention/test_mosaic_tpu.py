@@ -157,7 +157,7 @@ def test_a_race_would_be_seen(capsys):
         ),
       ),
       id="a group across runs",
-      marks=pytest.mark.slow,
+      marks=pytest.mark.exhaustive,
     ),
     pytest.param(tables(random_masks(1, 12).repeat(4, 0)), id="one table"),
     pytest.param(tables(random_masks(2, 12)[[0, 1, 1, 0]]), id="two tables"),
@@ -186,7 +186,7 @@ def test_heads_that_share_a_table_share_its_list():
   assert (call.rows, call.members) == (2, 2)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
   "pattern",
   [
@@ -217,7 +217,7 @@ def test_long_lists_are_split_and_change_no_bit(pattern, monkeypatch):
     np.testing.assert_array_equal(one, other)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_tiles_without_visits_give_zeros():
   masks = random_masks(2, 16)
   masks[:, 4:9] = False  # Query tile 1.
@@ -237,7 +237,7 @@ def test_queries_after_the_last_key_tile():
   check(pattern, inputs(80, 40, N=2, K=2), q_offset=21)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_huge_hidden_keys_leave_no_trace():
   pattern = strided(0, 1)
   q, k, v, cotangent = inputs(64, 64, N=2, K=2)
@@ -292,7 +292,7 @@ def dense(pattern, arrays):
   return [np.asarray(x, np.float32) for x in (out, *gradients)]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("sharpness", [1.0, 8.0])
 def test_bfloat16_is_about_as_exact_as_dense_bfloat16(sharpness):
   pattern = strided(0, 1, 2, 3)

@@ -210,10 +210,11 @@ _FIRST = (
 )
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
   "name",
   [
-    pytest.param(name, marks=[] if name in _FIRST else pytest.mark.slow)
+    pytest.param(name, marks=[] if name in _FIRST else pytest.mark.exhaustive)
     for name in CASES
   ],
 )
@@ -229,7 +230,7 @@ def test_equals_the_reference(name):
     assert error <= limit * np.abs(wanted[finite]).max(initial=1e-9), key
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_bfloat16_rounds_no_worse_than_dense_attention_does():
   case = Case(rules=(_shard(0), _shard(1)), T=80, dtype="bfloat16")
   q, k, v, weights, *_ = case.arrays()
@@ -264,6 +265,7 @@ def test_bfloat16_rounds_no_worse_than_dense_attention_does():
     assert ours <= (3 if key.startswith("d") else 2) * theirs, key
 
 
+@pytest.mark.exhaustive
 def test_huge_hidden_keys_and_values_leave_no_trace():
   # Hidden by the pattern (the middle) and by the causal order (the end).
   case = Case(rules=(_shard(0, 1, 4),), T=64)
@@ -297,7 +299,7 @@ def test_huge_hidden_keys_and_values_leave_no_trace():
         np.testing.assert_array_equal(one, two)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_long_columns_are_cut_and_sum_to_the_same(monkeypatch):
   strided = Case(rules=(_shard(0), _shard(0)), T=90)
   listed = Case(rules=(Strided(local=1, sinks=1),) * 2, T=90)
@@ -319,6 +321,7 @@ def test_long_columns_are_cut_and_sum_to_the_same(monkeypatch):
       assert error <= 2e-5 * np.abs(one[key]).max()
 
 
+@pytest.mark.exhaustive
 def test_the_same_bits_twice():
   case = CASES["a residue for every query head"]
   q, k, v, *_ = case.arrays()

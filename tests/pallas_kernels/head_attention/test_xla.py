@@ -122,7 +122,7 @@ def test_decoding_step_by_step_gives_what_one_pass_does(kind):
     np.testing.assert_allclose(one, whole[:, t : t + 1], atol=2e-6, rtol=0)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
   ("pattern", "T", "S", "offset"),
   [
@@ -144,7 +144,7 @@ def test_every_kind_of_tile(pattern, T, S, offset):
   )
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("kind", PATTERNS)
 def test_small_tiles_cross_every_boundary(kind):
   given = inputs(150, 300, B=2)
@@ -198,7 +198,7 @@ def test_the_same_bits_twice(kind):
     np.testing.assert_array_equal(first, second)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
   "pattern",
   [

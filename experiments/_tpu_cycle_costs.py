@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from experiments.tpu_cycle_cases import HEAD_SIZE, Case, Problem, Schedules
+from experiments._tpu_cycle_cases import HEAD_SIZE, Case, Problem, Schedules
 from pallas_kernels.aot_bundles import Body, Schedule
 from pallas_kernels.head_attention import Tiling
 from pallas_kernels.head_attention.schedule import (
@@ -18,7 +18,9 @@ from pallas_kernels.head_attention.schedule import (
 
 # Floating-point operations of the matrix units in a cycle of a core: published
 # peak over clock. v4: 275/2 T at 1.05 GHz, v5e: 197 T at 1.5, v5p: 459/2 T at
-# 1.75, v6e: 918 T at 1.75; for tpu7x, as v6e, whose units it shares.
+# 1.75, v6e: 918 T at 1.75; tpu7x, whose clock is not published, as v6e, whose
+# 256-wide units it has too. A head of 128 fills half of such a unit: there the
+# floor is out of reach.
 PEAK = {
   "v4": 131072,
   "v5e": 131072,
