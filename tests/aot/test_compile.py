@@ -188,7 +188,7 @@ def grid():
     yield pytest.param(chip, implementation, case, marks=marks, id=name)
 
 
-@pytest.mark.parametrize(("chip", "implementation", "case"), grid())
+@pytest.mark.parametrize(("chip", "implementation", "case"), list(grid()))
 def test_forward_and_backward_compile(chip, implementation, case):
   report = compile_for(chip, case.program(implementation), *case.arguments())
   assert report.kernels, "plain XLA, not a kernel"

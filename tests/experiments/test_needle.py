@@ -30,7 +30,7 @@ def smoke(needle, tmp_path):
   return needle.parse([*flags, "--out", str(tmp_path / "out")])
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_smoke_run_leaves_its_results_and_resumes_to_the_same(
   needle, smoke, capsys
 ):
