@@ -27,8 +27,16 @@ def run(capsys, *flags):
       ("--chip", "v5e", "--block-q", "100", "--block-kv", "128"),
       "`block_q` must be a power of two",
     ),
-    (("--chip", "v5e", "--heads", "6", "--kv-heads", "4"), "divides q's 6"),
-    (("--chip", "v5e", "--implementation", "cuda"), "`implementation`"),
+    pytest.param(
+      ("--chip", "v5e", "--heads", "6", "--kv-heads", "4"),
+      "divides q's 6",
+      marks=pytest.mark.compile,
+    ),
+    pytest.param(
+      ("--chip", "v5e", "--implementation", "cuda"),
+      "`implementation`",
+      marks=pytest.mark.compile,
+    ),
     (("--chip", "v5e", "--length", "5"), "unrecognized arguments"),
   ],
 )
@@ -49,6 +57,7 @@ def test_a_missing_compiler_is_named(capsys, monkeypatch):
   assert "pip install 'jaxheads[aot]'" in text
 
 
+@pytest.mark.compile
 def test_a_refusal_is_an_answer(capsys):
   code = aot.main(["--chip", "sm_80", "--implementation", "mosaic_tpu"])
   assert code == 1
