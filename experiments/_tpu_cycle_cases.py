@@ -20,7 +20,8 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
   splash_attention_mask as splash_mask,
 )
 
-from pallas_kernels import aot, aot_bundles
+from pallas_kernels import aot
+from pallas_kernels.aot import bundles
 from pallas_kernels.head_attention import (
   HeadContexts,
   Strided,
@@ -80,7 +81,7 @@ class Problem:
     )
 
 
-Schedules = list[aot_bundles.Schedule]
+Schedules = list[bundles.Schedule]
 
 
 def compile_case(case: Case, problem: Problem) -> Schedules | str:
@@ -89,9 +90,7 @@ def compile_case(case: Case, problem: Problem) -> Schedules | str:
   Call it first thing in a fresh process.
   """
   with tempfile.TemporaryDirectory() as folder:
-    os.environ["LIBTPU_INIT_ARGS"] = aot_bundles.dump_flags(
-      pathlib.Path(folder)
-    )
+    os.environ["LIBTPU_INIT_ARGS"] = bundles.dump_flags(pathlib.Path(folder))
     # Else the compiler warns about a network that is not there.
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
@@ -107,9 +106,7 @@ def compile_case(case: Case, problem: Problem) -> Schedules | str:
       aot.compile_for(case.chip, both, x, x, x, x)
     except aot.DoesNotCompile as error:
       return str(error)
-    return aot_bundles.read_dump(
-      pathlib.Path(folder), "head_attention|splash_mha"
-    )
+    return bundles.read_dump(pathlib.Path(folder), "head_attention|splash_mha")
 
 
 def _ours(case: Case, problem: Problem) -> tuple[Any, tuple[int, ...]]:

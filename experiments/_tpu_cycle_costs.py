@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from experiments._tpu_cycle_cases import HEAD_SIZE, Case, Problem, Schedules
-from pallas_kernels.aot_bundles import Body, Schedule
+from pallas_kernels.aot.bundles import Body, Schedule
 from pallas_kernels.head_attention import Tiling
 from pallas_kernels.head_attention.schedule import (
   StridedHeads,

@@ -42,7 +42,7 @@ from experiments._tpu_cycle_costs import (
   splash_cost,
 )
 from jaxheads.errors import UserError, one_line_errors
-from pallas_kernels.aot_targets import CHIPS
+from pallas_kernels.aot.targets import CHIPS
 
 TPUS = tuple(name for name, chip in CHIPS.items() if chip.platform == "tpu")
 EQUAL_TILES = (512, 1024)

@@ -21,17 +21,18 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
-from pallas_kernels.head_attention import triton, triton_tiles
+from pallas_kernels.head_attention import triton
 from pallas_kernels.head_attention.operands import Operands, Settings
 from pallas_kernels.head_attention.schedule import StridedHeads, split_heads
 from pallas_kernels.head_attention.tiling import Tiling
-from pallas_kernels.head_attention.triton_problem import (
+from pallas_kernels.head_attention.triton import launches
+from pallas_kernels.head_attention.triton.problem import (
   LOG2_E,
   LOWEST,
   Problem,
   describe,
 )
-from pallas_kernels.head_attention.triton_walks import Shards
+from pallas_kernels.head_attention.triton.walks import Shards
 
 _GROUP_ROWS = 64  # Queries of one warp group: what one wgmma has.
 _COMPUTE = 2  # Warp groups that compute.
@@ -74,7 +75,7 @@ def refusal(settings: Settings, operands: Operands) -> str | None:
       f"there must be at least {_GROUP_ROWS} queries and {least} keys, got {T} "
       f"and {S}."
     )
-  capability = triton_tiles.capability()
+  capability = launches.capability()
   if capability is not None and not capability.startswith("9."):
     return (
       "its products are Hopper's (wgmma, compute capability 9.0), and this "

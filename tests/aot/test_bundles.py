@@ -1,6 +1,6 @@
 import pytest
 
-from pallas_kernels import aot_bundles
+from pallas_kernels.aot import bundles
 
 # The shape of the compiler's text, written by hand: a loop over the grid that
 # starts an output tile, adds a full tile or an edge, loops over something, and
@@ -44,7 +44,7 @@ USAGE = HEADER + "".join(ROWS.get(at, "0 0 0") + "\n" for at in range(0x13))
 
 @pytest.fixture
 def schedule():
-  return aot_bundles.parse("kernel.1", BUNDLES, USAGE)
+  return bundles.parse("kernel.1", BUNDLES, USAGE)
 
 
 def test_branches_make_bodies(schedule):
@@ -92,17 +92,17 @@ def test_what_surrounds_the_tiles(schedule):
 
 def test_other_texts_are_refused():
   with pytest.raises(ValueError, match="19 bundles and 18 rows"):
-    aot_bundles.parse("kernel.1", BUNDLES, USAGE.rstrip()[:-5])
+    bundles.parse("kernel.1", BUNDLES, USAGE.rstrip()[:-5])
   with pytest.raises(ValueError, match="capacity"):
-    aot_bundles.parse("kernel.1", BUNDLES, "")
+    bundles.parse("kernel.1", BUNDLES, "")
   with pytest.raises(ValueError, match="region 99, which is not"):
-    aot_bundles.parse(
+    bundles.parse(
       "kernel.1", BUNDLES.replace("= $region40", "= $region99"), USAGE
     )
   crossing = BUNDLES.replace("target = $region40", "target = $region48")
   crossing = crossing.replace("target = $region44", "target = $region52")
   with pytest.raises(ValueError, match="cross"):
-    aot_bundles.parse("kernel.1", crossing, USAGE)
+    bundles.parse("kernel.1", crossing, USAGE)
 
 
 def test_a_folder_is_read_in_program_order(tmp_path):
@@ -115,11 +115,11 @@ def test_a_folder_is_read_in_program_order(tmp_path):
     (
       tmp_path / f"{stem}-70-final_hlo-static-per-bundle-utilization.txt"
     ).write_text(USAGE)
-  found = aot_bundles.read_dump(tmp_path, "attend")
+  found = bundles.read_dump(tmp_path, "attend")
   assert [each.name for each in found] == ["jvp_attend_.9", "jvp_attend_.10"]
 
 
 def test_the_compiler_is_told_where_to_write(tmp_path):
-  flags = aot_bundles.dump_flags(tmp_path)
+  flags = bundles.dump_flags(tmp_path)
   assert f"--xla_jf_dump_to={tmp_path} " in flags
   assert " --xla_jf_dump_llo_text=true " in flags

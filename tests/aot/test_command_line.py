@@ -1,11 +1,13 @@
 import pytest
 
-from pallas_kernels import aot, aot_compile, aot_targets
+from pallas_kernels.aot import __main__ as command_line
+from pallas_kernels.aot import compile as aot_compile
+from pallas_kernels.aot import targets
 
 
 def run(capsys, *flags):
   with pytest.raises(SystemExit) as caught:
-    aot.main(list(flags))
+    command_line.main(list(flags))
   printed = capsys.readouterr()
   assert printed.out == ""
   assert printed.err.count("\n") == 1
@@ -48,9 +50,9 @@ def test_bad_flags_get_one_line(capsys, flags, message):
 
 def test_a_missing_compiler_is_named(capsys, monkeypatch):
   def missing(chip):
-    raise aot_targets.cuda_missing(chip)
+    raise targets.cuda_missing(chip)
 
-  monkeypatch.setattr(aot_targets, "device", missing)
+  monkeypatch.setattr(targets, "device", missing)
   code, text = run(capsys, "--chip", "sm_90", "--seq-len", "256")
   assert code == 3
   assert "jax-cuda13-plugin" in text
@@ -59,7 +61,9 @@ def test_a_missing_compiler_is_named(capsys, monkeypatch):
 
 @pytest.mark.compile
 def test_a_refusal_is_an_answer(capsys):
-  code = aot.main(["--chip", "sm_80", "--implementation", "mosaic_tpu"])
+  code = command_line.main(
+    ["--chip", "sm_80", "--implementation", "mosaic_tpu"]
+  )
   assert code == 1
   printed = capsys.readouterr().out
   assert printed.startswith("sm_80: does not compile: ")
@@ -68,14 +72,14 @@ def test_a_refusal_is_an_answer(capsys):
 
 def test_unknown_chips_are_listed():
   with pytest.raises(ValueError, match=r"`chip` must be one of v4, .*'v9'"):
-    aot.compile_for("v9", abs)
+    aot_compile.compile_for("v9", abs)
 
 
 def test_aliases_and_descriptions_exist():
-  assert aot_targets.find("7x") is aot_targets.find("tpu7x")
-  for chip in aot_targets.CHIPS.values():
+  assert targets.find("7x") is targets.find("tpu7x")
+  for chip in targets.CHIPS.values():
     if chip.platform == "gpu":
-      text = (aot_targets.GPU_TARGETS / chip.target).read_text()
+      text = (targets.GPU_TARGETS / chip.target).read_text()
       major, minor = chip.name.removeprefix("sm_")[:-1], chip.name[-1]
       assert (
         f"cuda_compute_capability {{ major: {major} minor: {minor} }}" in text
@@ -121,6 +125,6 @@ def test_short_reason(message, reason):
 
 
 def test_sizes_are_readable():
-  assert aot.size_text(1023) == "1023 bytes"
-  assert aot.size_text(1536) == "1.5 KiB"
-  assert aot.size_text(3 << 29) == "1.50 GiB"
+  assert command_line.size_text(1023) == "1023 bytes"
+  assert command_line.size_text(1536) == "1.5 KiB"
+  assert command_line.size_text(3 << 29) == "1.50 GiB"

@@ -12,7 +12,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 from experiments import _tpu_cycle_costs as costs
 from experiments import bench_tpu_cycles as bench
 from experiments._tpu_cycle_cases import Case, Problem, dense_masks
-from pallas_kernels.aot_bundles import Body, Schedule
+from pallas_kernels.aot.bundles import Body, Schedule
 
 PROBLEM = Problem(length=2048, block=64, local=2, stride=8, heads=3)
 

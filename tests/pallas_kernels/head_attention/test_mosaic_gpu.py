@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 
 from pallas_kernels import platform
-from pallas_kernels.head_attention import mosaic_gpu, triton_tiles
+from pallas_kernels.head_attention import mosaic_gpu
 from pallas_kernels.head_attention.api import head_attention
 from pallas_kernels.head_attention.contexts import HeadContexts, Strided
 from pallas_kernels.head_attention.operands import Operands, Settings
 from pallas_kernels.head_attention.tiling import Tiling
-from pallas_kernels.head_attention.triton_problem import describe
-from pallas_kernels.head_attention.triton_walks import Shards
+from pallas_kernels.head_attention.triton import launches
+from pallas_kernels.head_attention.triton.problem import describe
+from pallas_kernels.head_attention.triton.walks import Shards
 
 RULE = Strided(local=2, stride=3, residue=1)
 
@@ -78,7 +79,7 @@ def test_says_why_it_refuses(settings, operands, message):
 
 @pytest.mark.parametrize("capability", ["8.0", "10.0"])
 def test_refuses_chips_that_are_not_hopper(monkeypatch, capability):
-  monkeypatch.setattr(triton_tiles, "capability", lambda: capability)
+  monkeypatch.setattr(launches, "capability", lambda: capability)
   reason = mosaic_gpu.refusal(_settings(), _operands())
   assert reason is not None
   assert "wgmma" in reason

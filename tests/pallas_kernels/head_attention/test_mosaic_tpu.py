@@ -18,8 +18,6 @@ from pallas_kernels.head_attention import (
   Tiling,
   head_attention,
   mosaic_tpu,
-  mosaic_tpu_items,
-  mosaic_tpu_plan,
 )
 from pallas_kernels.head_attention.operands import Operands, Settings
 from pallas_kernels.head_attention.schedule import (
@@ -170,8 +168,8 @@ def test_gradients_are_summed_over_the_query_heads_of_a_kv_head(pattern):
 def test_heads_that_share_a_table_share_its_list():
   arrays = inputs(70, 96, N=4, K=2)
   check(tables(random_masks(2, 12)[[0, 0, 1, 1]]), arrays)
-  plan = mosaic_tpu_plan.key_plan(
-    mosaic_tpu_plan.Layout(
+  plan = key_plan(
+    Layout(
       run=TableHeads(0, 4, tables(random_masks(1, 12).repeat(4, 0)).rules),
       block=8,
       is_causal=True,
@@ -204,13 +202,13 @@ def test_long_lists_are_split_and_change_no_bit(pattern, monkeypatch):
     "attend",
     lambda *args, **options: calls.append(1) or attend(*args, **options),
   )
-  monkeypatch.setattr(mosaic_tpu_items, "_TABLE_WORDS", 16)
-  for cached in (mosaic_tpu_plan.forward_plan, mosaic_tpu_plan.key_plan):
+  monkeypatch.setattr(items, "_TABLE_WORDS", 16)
+  for cached in (forward_plan, key_plan):
     cached.cache_clear()
   try:
     split = run(pattern, arrays, "mosaic_tpu")
   finally:
-    for cached in (mosaic_tpu_plan.forward_plan, mosaic_tpu_plan.key_plan):
+    for cached in (forward_plan, key_plan):
       cached.cache_clear()
   assert len(calls) > 1
   for one, other in zip(whole, split, strict=True):
@@ -417,7 +415,7 @@ def visits(q_tile, kv_tile, is_far, is_full):
 
 
 def test_an_item_fetches_nothing_of_the_view_it_does_not_use():
-  work = mosaic_tpu_items.Worklist(
+  work = items.Worklist(
     visits(
       [0, 1, 1, 1, 2, 2, 2],
       [3, 5, 6, 4, 6, 4, 9],
@@ -428,42 +426,40 @@ def test_an_item_fetches_nothing_of_the_view_it_does_not_use():
     outputs=np.asarray([0, 1, 1, 1, 2, 2, 2]),
   )
   one = np.zeros((1, 1), int)
-  (call,) = mosaic_tpu_items.make_calls(
+  (call,) = items.make_calls(
     work, rows=1, heads=one, kv_heads=one, residues=one
   )
-  steps = [
-    mosaic_tpu_items.read_step(call.tables, 0, item, 0, 1) for item in range(7)
-  ]
+  steps = [items.read_step(call.tables, 0, item, 0, 1) for item in range(7)]
   assert [step.q_tile for step in steps] == [0, 1, 1, 1, 2, 2, 2]
   assert [step.near_tile for step in steps] == [3, 3, 3, 4, 4, 4, 9]
   assert [step.far_tile for step in steps] == [5, 5, 6, 6, 6, 6, 6]
-  first = [bool(step.flags & mosaic_tpu_items.FIRST) for step in steps]
-  last = [bool(step.flags & mosaic_tpu_items.LAST) for step in steps]
+  first = [bool(step.flags & items.FIRST) for step in steps]
+  last = [bool(step.flags & items.LAST) for step in steps]
   assert first == [True, True, False, False, True, False, False]
   assert last == [True, False, False, True, False, False, True]
 
 
 def test_largest_numbers_survive_packing():
-  most_q = mosaic_tpu_items.MAX_Q_TILES - 1
-  most_kv = mosaic_tpu_items.MAX_KV_TILES - 1
-  work = mosaic_tpu_items.Worklist(
+  most_q = items.MAX_Q_TILES - 1
+  most_kv = items.MAX_KV_TILES - 1
+  work = items.Worklist(
     visits([most_q], [most_kv], [0], [0]),
     rows=np.asarray([32767]),
     outputs=np.zeros(1),
     kept=np.ones((1, 32, 2), bool),
   )
   heads = np.zeros((32768, 1), int)
-  (call,) = mosaic_tpu_items.make_calls(
+  (call,) = items.make_calls(
     work, rows=1, heads=heads, kv_heads=heads, residues=heads
   )
-  step = mosaic_tpu_items.read_step(call.tables, 0, 0, 0, 1)
+  step = items.read_step(call.tables, 0, 0, 0, 1)
   assert (step.q_tile, step.near_tile) == (most_q, most_kv)
   np.testing.assert_array_equal(call.tables.bits, [-1, -1])
 
 
 def test_every_strided_visit_is_in_one_call_and_the_lists_are_shared():
   run = StridedHeads(0, 8, local=2, stride=4, residues=(0, 1, 2, 3) * 2)
-  layout = mosaic_tpu_plan.Layout(
+  layout = Layout(
     run=run,
     block=64,
     is_causal=True,
@@ -473,7 +469,7 @@ def test_every_strided_visit_is_in_one_call_and_the_lists_are_shared():
     q_offset=0,
     groups=1,
   )
-  (call,) = mosaic_tpu_plan.forward_plan(layout).calls
+  (call,) = forward_plan(layout).calls
   assert call.rows == 8
   # Two tiles of the window, and the shard before it.
   far = sum(-(-512 * (tile - 1) // 2048) for tile in range(1, 64))

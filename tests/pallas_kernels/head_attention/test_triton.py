@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import platform
-from pallas_kernels.head_attention import triton, triton_lists, triton_tiles
+from pallas_kernels.head_attention import triton
 from pallas_kernels.head_attention.api import head_attention
 from pallas_kernels.head_attention.contexts import (
   HeadContexts,
@@ -24,8 +24,10 @@ from pallas_kernels.head_attention.schedule import (
   strided_visits,
 )
 from pallas_kernels.head_attention.tiling import Tiling
-from pallas_kernels.head_attention.triton_problem import describe
-from pallas_kernels.head_attention.triton_walks import Shards
+from pallas_kernels.head_attention.triton import launches
+from pallas_kernels.head_attention.triton import lists as work_lists
+from pallas_kernels.head_attention.triton.problem import describe
+from pallas_kernels.head_attention.triton.walks import Shards
 
 TILES = Tiling(block_q=16, block_kv=16)
 # The interpreted program is compiled once and run once.
@@ -420,13 +422,13 @@ def test_lists_are_as_long_as_what_is_visited():
   case = Case(rules=(*rules, rules[0]), T=128, K=3)
   problem = describe(_settings(case), _operands(case), case.tiling)
   heads = TableHeads(0, 3, case.rules)
-  lists = triton_lists.query_lists(heads, problem)
+  lists = work_lists.query_lists(heads, problem)
   np.testing.assert_array_equal(lists.rules, [0, 1, 0])
   assert lists.full_starts[-1] == 7
   assert lists.edge_starts[-1] == 16  # The diagonals of two rules.
   assert lists.full_tiles.size == 7
   assert lists.edge_tiles.size == lists.edge_bits.shape[0] == 16
-  by_key = triton_lists.key_lists(heads, problem)
+  by_key = work_lists.key_lists(heads, problem)
   assert by_key.full_starts[-1] == 7
   np.testing.assert_array_equal(by_key.full_tiles, np.full(7, 7))
 
@@ -435,8 +437,8 @@ def test_columns_are_dealt_evenly_and_wholly():
   case = Case(rules=(Strided(local=1, sinks=1),) * 4, T=640, K=2)
   problem = describe(_settings(case), _operands(case), case.tiling)
   heads = TableHeads(0, 4, case.rules)
-  lists = triton_lists.key_lists(heads, problem)
-  columns = triton_lists.deal_columns(heads, lists, problem, at_most=8)
+  lists = work_lists.key_lists(heads, problem)
+  columns = work_lists.deal_columns(heads, lists, problem, at_most=8)
   size = columns.end - columns.begin
   assert size.max() <= 8
   # The sink: 40 query tiles of two heads. The others: the tile's own.
@@ -445,7 +447,7 @@ def test_columns_are_dealt_evenly_and_wholly():
   )
   assert size.sum() == 2 * (40 + 39) * 2
   assert (
-    triton_lists.deal_columns(heads, lists, problem, at_most=80).tile.size
+    work_lists.deal_columns(heads, lists, problem, at_most=80).tile.size
     == columns.starts.size - 1
   )
 
@@ -501,7 +503,7 @@ def test_refuses_wide_heads_and_other_types():
 @pytest.mark.parametrize("H", [16, 64, 96, 128, 256])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_default_tiles_fit_the_smallest_gpu(H, dtype):
-  launches = triton_tiles.choose(None, H=H, Hv=H, dtype=dtype, T=4096, S=4096)
+  chosen = launches.choose(None, H=H, Hv=H, dtype=dtype, T=4096, S=4096)
   for kind in ("forward", "dq", "dkv"):
-    tiling = getattr(launches, kind).tiling
-    assert triton_tiles.refusal(tiling, H=H, Hv=H, dtype=dtype) is None
+    tiling = getattr(chosen, kind).tiling
+    assert launches.refusal(tiling, H=H, Hv=H, dtype=dtype) is None

@@ -16,15 +16,15 @@ from pallas_kernels.head_attention import (
   Table,
   Tiling,
   head_attention,
-  xla_dense,
 )
+from pallas_kernels.head_attention.xla import dense
 
 BLOCK = 16
 
 
 @pytest.fixture(autouse=True)
 def _loops(monkeypatch):
-  monkeypatch.setattr(xla_dense, "_PAIRS", 0)
+  monkeypatch.setattr(dense, "_PAIRS", 0)
   # What was traced before does not know of the change.
   jax.clear_caches()
 
@@ -229,7 +229,7 @@ def test_memory_is_linear_in_the_length(pattern):
 
 
 def test_a_small_problem_is_one_tile(monkeypatch):
-  monkeypatch.setattr(xla_dense, "_PAIRS", 256 * 256)
+  monkeypatch.setattr(dense, "_PAIRS", 256 * 256)
   jax.clear_caches()
   given = inputs(70, 90, B=2)
   options = dict(pattern=closed(), q_offset=20, logits_soft_cap=2.0)

@@ -7,7 +7,7 @@ Other heads walk over work lists.
 
 JAX deprecated Pallas-Triton in 0.11; it stays for GPUs before Hopper, and
 because its numbers can be shown without a GPU. It is met in
-`triton_problem.call` and in nothing outside these files.
+`problem.call` and in nothing outside these files.
 """
 
 import functools
@@ -20,7 +20,6 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
-from pallas_kernels.head_attention import triton_tiles
 from pallas_kernels.head_attention.operands import Operands, Settings
 from pallas_kernels.head_attention.schedule import (
   StridedHeads,
@@ -28,18 +27,20 @@ from pallas_kernels.head_attention.schedule import (
   split_heads,
 )
 from pallas_kernels.head_attention.tiling import Tiling
-from pallas_kernels.head_attention.triton_columns import (
+from pallas_kernels.head_attention.triton import launches
+from pallas_kernels.head_attention.triton.columns import (
   column_kernel,
   sum_kernel,
 )
-from pallas_kernels.head_attention.triton_keys import far_kernel, near_kernel
-from pallas_kernels.head_attention.triton_lists import (
+from pallas_kernels.head_attention.triton.keys import far_kernel, near_kernel
+from pallas_kernels.head_attention.triton.launches import Launch
+from pallas_kernels.head_attention.triton.lists import (
   WORD,
   deal_columns,
   key_lists,
   query_lists,
 )
-from pallas_kernels.head_attention.triton_problem import (
+from pallas_kernels.head_attention.triton.problem import (
   FARTHEST,
   HIGHEST,
   LOG2_E,
@@ -47,12 +48,11 @@ from pallas_kernels.head_attention.triton_problem import (
   call,
   describe,
 )
-from pallas_kernels.head_attention.triton_query import (
+from pallas_kernels.head_attention.triton.query import (
   dq_kernel,
   forward_kernel,
 )
-from pallas_kernels.head_attention.triton_tiles import Launch
-from pallas_kernels.head_attention.triton_walks import (
+from pallas_kernels.head_attention.triton.walks import (
   ListRefs,
   Shards,
   Walk,
@@ -95,7 +95,7 @@ def refusal(settings: Settings, operands: Operands) -> str | None:
         f"`stride` may span at most {FARTHEST} tokens, got {run.stride} blocks "
         f"of {block}. `stride=0` shows as little of the past."
       )
-  return triton_tiles.refusal(
+  return launches.refusal(
     settings.tiling, H=q.shape[3], Hv=v.shape[3], dtype=q.dtype
   )
 
@@ -374,9 +374,9 @@ def _listed_keys(
   return dk, dv
 
 
-def _launches(settings: Settings, operands: Operands) -> triton_tiles.Launches:
+def _launches(settings: Settings, operands: Operands) -> launches.Launches:
   q, v = operands.q, operands.v
-  return triton_tiles.choose(
+  return launches.choose(
     settings.tiling,
     H=q.shape[3],
     Hv=v.shape[3],

@@ -3,12 +3,12 @@
 import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.head_attention.mosaic_tpu_items import (
+from pallas_kernels.head_attention.mosaic_tpu.items import (
   MAX_KV_TILES,
   MAX_Q_TILES,
 )
-from pallas_kernels.head_attention.mosaic_tpu_plan import Layout
-from pallas_kernels.head_attention.mosaic_tpu_tile import Overlap
+from pallas_kernels.head_attention.mosaic_tpu.plan import Layout
+from pallas_kernels.head_attention.mosaic_tpu.tile import Overlap
 from pallas_kernels.head_attention.operands import Operands, Settings
 from pallas_kernels.head_attention.schedule import (
   StridedHeads,

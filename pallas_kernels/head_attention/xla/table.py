@@ -15,8 +15,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.head_attention.contexts import Ranged, Rule, Strided, Table
-from pallas_kernels.head_attention.xla_rows import QueryTile, pad
-from pallas_kernels.head_attention.xla_tiles import Tile
+from pallas_kernels.head_attention.xla.online_softmax import Tile
+from pallas_kernels.head_attention.xla.rows import QueryTile, pad
 
 State = Any
 

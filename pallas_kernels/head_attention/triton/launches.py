@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.head_attention.tiling import Tiling
-from pallas_kernels.head_attention.triton_problem import padded
+from pallas_kernels.head_attention.triton.problem import padded
 
 # Bytes of shared memory that one program can have, by compute capability.
 _SHARED = {

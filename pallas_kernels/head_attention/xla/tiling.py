@@ -1,10 +1,10 @@
 """Sizes of the loops on XLA, chosen by measurement on CPUs."""
 
-from pallas_kernels.head_attention import xla_strided, xla_table
 from pallas_kernels.head_attention.operands import Operands, Settings
 from pallas_kernels.head_attention.schedule import StridedHeads
 from pallas_kernels.head_attention.tiling import Tiling
-from pallas_kernels.head_attention.xla_rows import Layout, Run
+from pallas_kernels.head_attention.xla import strided, table
+from pallas_kernels.head_attention.xla.rows import Layout, Run
 
 # Logits of a step: enough to share between the cores, and they stay in cache.
 _LOGITS = 2**20
@@ -41,7 +41,7 @@ def default(settings: Settings, operands: Operands, run: Run) -> Tiling:
 
 def plan(
   settings: Settings, operands: Operands, run: Run
-) -> tuple[Layout, xla_strided.Shape | xla_table.Shape]:
+) -> tuple[Layout, strided.Shape | table.Shape]:
   """Static sizes of the loops over a run of heads."""
   tiling = settings.tiling or default(settings, operands, run)
   batch, length = operands.q.shape[:2]
@@ -75,7 +75,7 @@ def plan(
   q_blocks = -(-(block_q + inside) // block)
   if not isinstance(heads, StridedHeads):
     part = min(block, tiling.block_kv)
-    return layout, xla_table.Shape(
+    return layout, table.Shape(
       block=block,
       part=part,
       parts=min(tiling.block_kv // part, -(-kv_length // part)),
@@ -91,7 +91,7 @@ def plan(
   shard = -(-held // max(heads.stride, 1)) * block
   while width > edge and width // 2 >= shard:
     width //= 2
-  return layout, xla_strided.Shape(
+  return layout, strided.Shape(
     block=block,
     local=local,
     stride=heads.stride,

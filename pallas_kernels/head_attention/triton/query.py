@@ -9,7 +9,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels.head_attention.triton_problem import (
+from pallas_kernels.head_attention.triton.problem import (
   LOG2_E,
   LOWEST,
   Problem,
@@ -19,7 +19,7 @@ from pallas_kernels.head_attention.triton_problem import (
   read_offset,
   store_rows,
 )
-from pallas_kernels.head_attention.triton_walks import Walk
+from pallas_kernels.head_attention.triton.walks import Walk
 
 # (problem, run's refs, head of the run, tile, positions, offset) -> visits.
 MakeWalk = Callable[..., Walk]

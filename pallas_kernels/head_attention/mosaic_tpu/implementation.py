@@ -12,26 +12,23 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels.head_attention import mosaic_tpu_specs as specs
-from pallas_kernels.head_attention.mosaic_tpu_backward import (
+from pallas_kernels.head_attention.mosaic_tpu import specs
+from pallas_kernels.head_attention.mosaic_tpu.backward_kernel import (
   key_gradients,
   query_gradient,
 )
-from pallas_kernels.head_attention.mosaic_tpu_forward import attend
-from pallas_kernels.head_attention.mosaic_tpu_plan import (
+from pallas_kernels.head_attention.mosaic_tpu.forward_kernel import attend
+from pallas_kernels.head_attention.mosaic_tpu.plan import (
   Layout,
   forward_plan,
   key_plan,
 )
-from pallas_kernels.head_attention.mosaic_tpu_settings import (
+from pallas_kernels.head_attention.mosaic_tpu.settings import (
   make_layouts,
   overlap,
   vmem_limit,
 )
-from pallas_kernels.head_attention.mosaic_tpu_settings import (
-  refusal as refusal,
-)
-from pallas_kernels.head_attention.mosaic_tpu_tile import LOG2_E
+from pallas_kernels.head_attention.mosaic_tpu.tile import LOG2_E
 from pallas_kernels.head_attention.operands import Operands, Settings
 
 # In base 2, the log-sum-exp of a row that sees nothing: no weight, no NaN.

@@ -12,12 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from pallas_kernels.head_attention.mosaic_tpu_items import (
+from pallas_kernels.head_attention.mosaic_tpu.items import (
   EDGE,
   FAR,
   Step,
 )
-from pallas_kernels.head_attention.mosaic_tpu_plan import Layout
+from pallas_kernels.head_attention.mosaic_tpu.plan import Layout
 from pallas_kernels.head_attention.schedule import StridedHeads
 
 _ALWAYS = np.int32(2**31 - 1)

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.head_attention.xla_rows import QueryTile, pad
-from pallas_kernels.head_attention.xla_tiles import Tile
+from pallas_kernels.head_attention.xla.online_softmax import Tile
+from pallas_kernels.head_attention.xla.rows import QueryTile, pad
 
 State = Any
 

@@ -17,7 +17,7 @@ from pallas_kernels.head_attention.schedule import (
   Visits,
   table_visits,
 )
-from pallas_kernels.head_attention.triton_problem import Problem
+from pallas_kernels.head_attention.triton.problem import Problem
 
 # Key blocks of a tile: bits of a word.
 WORD = 32

@@ -6,8 +6,9 @@ The loops of the other modules cost more than they save there.
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from pallas_kernels.head_attention import reference, xla_tiles
+from pallas_kernels.head_attention import reference
 from pallas_kernels.head_attention.operands import Operands, Settings
+from pallas_kernels.head_attention.xla import online_softmax
 
 # Measured on a CPU of two cores, eight heads of 64: at 256 queries and keys one
 # tile takes 0.8 (forward) and 0.97 (backward) of the loops' time, at 512 with
@@ -34,9 +35,9 @@ def forward(
 ) -> tuple[Float[Array, "B T N Hv"], Float[Array, "B N T"]]:
   """See `xla.forward`."""
   q, tile = _tile(settings, operands)
-  softmax = xla_tiles.start(q, tile.v.shape[-1])
-  softmax = xla_tiles.extend(softmax, q, [tile], settings.logits_soft_cap)
-  out, lse = xla_tiles.finish(softmax)
+  softmax = online_softmax.start(q, tile.v.shape[-1])
+  softmax = online_softmax.extend(softmax, q, [tile], settings.logits_soft_cap)
+  out, lse = online_softmax.finish(softmax)
   batch, length, heads = operands.q.shape[:3]
   out = _unpack(operands, out).astype(operands.q.dtype)
   return out, lse.reshape(batch, heads, length)
@@ -51,15 +52,15 @@ def backward(
 ) -> tuple[
   Float[Array, "B T N H"], Float[Array, "B S K H"], Float[Array, "B S K Hv"]
 ]:
-  """Gradients, in float32; `lse` and `delta` as in `xla_tiles.Rows`."""
+  """Gradients, in float32; `lse` and `delta` as in `online_softmax.Rows`."""
   q, tile = _tile(settings, operands)
-  rows = xla_tiles.Rows(
+  rows = online_softmax.Rows(
     q,
     _pack(operands, d_out),
     lse.reshape(q.shape[:2]),
     delta.reshape(q.shape[:2]),
   )
-  dq, dk, dv = xla_tiles.gradients(
+  dq, dk, dv = online_softmax.gradients(
     rows, tile, tile.k.swapaxes(1, 2), settings.logits_soft_cap
   )
   dq = _unpack(operands, dq.swapaxes(1, 2)) * settings.scale
@@ -72,7 +73,7 @@ def backward(
 
 def _tile(
   settings: Settings, operands: Operands
-) -> tuple[Float[Array, "U R H"], xla_tiles.Tile]:
+) -> tuple[Float[Array, "U R H"], online_softmax.Tile]:
   """Scaled queries and all the keys; a unit is a KV head."""
   k, v = (
     x.astype(jnp.float32).swapaxes(1, 2).reshape(-1, x.shape[1], x.shape[3])
@@ -80,7 +81,7 @@ def _tile(
   )
   q = _pack(operands, operands.q) * settings.scale
   visible = _visible(settings, operands).reshape(q.shape[0], q.shape[1], -1)
-  return q, xla_tiles.Tile(k, v, visible)
+  return q, online_softmax.Tile(k, v, visible)
 
 
 def _visible(settings: Settings, operands: Operands) -> Bool[Array, "B N T S"]:

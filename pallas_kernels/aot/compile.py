@@ -11,7 +11,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from pallas_kernels import aot_targets, platform
+from pallas_kernels import platform
+from pallas_kernels.aot import targets
 
 
 class DoesNotCompile(RuntimeError):
@@ -42,13 +43,13 @@ class Report:
 
 
 @contextlib.contextmanager
-def tracing_for(target: aot_targets.Chip) -> Iterator[None]:
+def tracing_for(target: targets.Chip) -> Iterator[None]:
   """Kernels chosen and traced inside are for this chip.
 
   Raises:
     CompilerMissing: Its compiler is not installed.
   """
-  device = aot_targets.device(target)
+  device = targets.device(target)
   mesh = jax.sharding.Mesh(np.array([device]), ("device",))
   with (
     platform.compiling_for(target.platform),
@@ -82,8 +83,8 @@ def compile_for(
     DoesNotCompile: The compiler refuses the program, for instance because a
       tile does not fit into the chip's memory.
   """
-  target = aot_targets.find(chip)
-  device = aot_targets.device(target)
+  target = targets.find(chip)
+  device = targets.device(target)
   sharding = jax.sharding.SingleDeviceSharding(device)
 
   def place(leaf: Any) -> jax.ShapeDtypeStruct:
@@ -112,7 +113,7 @@ def compile_for(
       if isinstance(error, _WrongProcess):
         raise
       if _lacks_cuda(str(error)):
-        raise aot_targets.cuda_missing(target) from error
+        raise targets.cuda_missing(target) from error
       raise DoesNotCompile(short_reason(str(error))) from error
   seconds = time.perf_counter() - start
   memory = compiled.memory_analysis()
@@ -138,7 +139,7 @@ _mosaic_gpu_chips: list[str] = []
 
 
 def _one_gpu_a_process(
-  target: aot_targets.Chip, lowered: jax.stages.Lowered
+  target: targets.Chip, lowered: jax.stages.Lowered
 ) -> None:
   """Refuses what would return another chip's kernel.
 

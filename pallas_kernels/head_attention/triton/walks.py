@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels.head_attention.triton_problem import (
+from pallas_kernels.head_attention.triton.problem import (
   FARTHEST,
   FOREVER,
   Problem,
@@ -223,7 +223,7 @@ class Shards:
 
 
 class ListRefs(NamedTuple):
-  """Work lists in global memory; see `triton_lists.Lists`."""
+  """Work lists in global memory; see `lists.Lists`."""
 
   rules: Any
   full_starts: Any

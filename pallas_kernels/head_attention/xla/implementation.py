@@ -3,7 +3,7 @@
 Every step takes some heads together, for that is how XLA keeps the cores of a
 CPU busy. The softmax is computed online. Backward recomputes the weights from
 the saved log-sum-exp and adds dk and dv tile by tile, in a fixed order:
-results repeat bit for bit. Small problems are one tile (see `xla_dense`).
+results repeat bit for bit. Small problems are one tile (see `dense`).
 """
 
 import functools
@@ -14,17 +14,17 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from pallas_kernels.head_attention import (
-  xla_dense,
-  xla_strided,
-  xla_table,
-  xla_tiles,
-  xla_tiling,
-)
 from pallas_kernels.head_attention.contexts import Table
 from pallas_kernels.head_attention.operands import Operands, Settings
 from pallas_kernels.head_attention.schedule import StridedHeads
-from pallas_kernels.head_attention.xla_rows import (
+from pallas_kernels.head_attention.xla import (
+  dense,
+  online_softmax,
+  strided,
+  table,
+  tiling,
+)
+from pallas_kernels.head_attention.xla.rows import (
   QueryTile,
   Run,
   runs,
@@ -47,8 +47,8 @@ def forward(
     batch, length, heads = q.shape[:3]
     out = jnp.zeros((*q.shape[:3], v.shape[3]), q.dtype)
     return out, jnp.full((batch, heads, length), -jnp.inf, jnp.float32)
-  if xla_dense.fits(operands):
-    return xla_dense.forward(settings, operands)
+  if dense.fits(operands):
+    return dense.forward(settings, operands)
   results = [
     _Heads(settings, operands, run).forward()
     for run in runs(settings.pattern, operands.k.shape[2])
@@ -83,8 +83,8 @@ def backward(
   # The weights of a row that sees nothing are exp(-inf).
   delta = jnp.where(empty, 0.0, delta - d_lse)
   lse = jnp.where(empty, jnp.inf, lse)
-  if xla_dense.fits(operands):
-    dq, dk, dv = xla_dense.backward(settings, operands, lse, delta, d_out)
+  if dense.fits(operands):
+    dq, dk, dv = dense.backward(settings, operands, lse, delta, d_out)
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype)
   lse, delta = lse.swapaxes(1, 2), delta.swapaxes(1, 2)
   all_dq = []
@@ -112,7 +112,7 @@ class _Heads:
     self.settings = settings
     self.operands = operands
     self.run = run
-    self.layout, self.shape = xla_tiling.plan(settings, operands, run)
+    self.layout, self.shape = tiling.plan(settings, operands, run)
     heads = slice(run.heads.start, run.heads.stop)
     kv_heads = slice(run.kv_start, run.kv_stop)
     self._heads = heads
@@ -135,9 +135,9 @@ class _Heads:
     if isinstance(run.heads, StridedHeads):
       self._units = np.array(run.heads.residues, np.int32)
     elif isinstance(run.heads.rules[0], Table):
-      self._tables, self._units = xla_table.tables(run.heads.rules)
+      self._tables, self._units = table.tables(run.heads.rules)
     else:
-      self._units = xla_table.closed_form(run.heads.rules)
+      self._units = table.closed_form(run.heads.rules)
     self._q_offset = operands.q_offset
     if settings.q_offset is not None:
       self._q_offset = jnp.int32(settings.q_offset)
@@ -145,9 +145,9 @@ class _Heads:
   def _keys(self, chunk: Any) -> Any:
     """Either kind of keys: their methods are the same."""
     k, v, segments, units = chunk
-    if isinstance(self.shape, xla_strided.Shape):
-      return xla_strided.Keys(self.shape, k, v, segments, units)
-    return xla_table.Keys(self.shape, k, v, segments, units, self._tables)
+    if isinstance(self.shape, strided.Shape):
+      return strided.Keys(self.shape, k, v, segments, units)
+    return table.Keys(self.shape, k, v, segments, units, self._tables)
 
   def _chunks(self) -> Any:
     layout = self.layout
@@ -187,12 +187,12 @@ class _Heads:
         tile = self._tile(index, segment)
         q = self._scaled(q)
 
-        def step(softmax: xla_tiles.Softmax, spans: Any) -> Any:
+        def step(softmax: online_softmax.Softmax, spans: Any) -> Any:
           met = [keys.load(tile, span) for span in spans]
-          return xla_tiles.extend(softmax, q, met, cap)
+          return online_softmax.extend(softmax, q, met, cap)
 
-        state = xla_tiles.start(q, self._v.shape[-1])
-        out, lse = xla_tiles.finish(keys.visit(tile, state, step))
+        state = online_softmax.start(q, self._v.shape[-1])
+        out, lse = online_softmax.finish(keys.visit(tile, state, step))
         return None, (out.astype(self.operands.q.dtype), lse)
 
       q, segments = chunk[:2]
@@ -215,7 +215,7 @@ class _Heads:
       def tile_step(totals: Any, xs: Any) -> Any:
         index, q, segment, lse, delta, d_out = xs
         tile = self._tile(index, segment)
-        rows = xla_tiles.Rows(
+        rows = online_softmax.Rows(
           self._scaled(q), d_out.astype(jnp.float32), lse, delta
         )
 
@@ -223,7 +223,7 @@ class _Heads:
           dq, totals = state
           for span in spans:
             met = keys.load(tile, span)
-            more, dk, dv = xla_tiles.gradients(
+            more, dk, dv = online_softmax.gradients(
               rows, met, keys.transposed(met, span), cap
             )
             dq, totals = dq + more, keys.add(totals, span, dk, dv)

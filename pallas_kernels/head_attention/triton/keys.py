@@ -15,7 +15,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels.head_attention.triton_problem import (
+from pallas_kernels.head_attention.triton.problem import (
   Problem,
   clip,
   divide,
@@ -26,7 +26,7 @@ from pallas_kernels.head_attention.triton_problem import (
   read_offset,
   store_rows,
 )
-from pallas_kernels.head_attention.triton_walks import Shards
+from pallas_kernels.head_attention.triton.walks import Shards
 
 Sums = tuple[jax.Array, jax.Array]  # dk [block_kv, H], dv [block_kv, Hv]
 # Positions of queries [block_q] -> what they see, [keys, queries].

@@ -12,14 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from pallas_kernels.head_attention.mosaic_tpu_items import FAR, Step
-from pallas_kernels.head_attention.mosaic_tpu_masks import (
+from pallas_kernels.head_attention.mosaic_tpu.items import FAR, Step
+from pallas_kernels.head_attention.mosaic_tpu.masks import (
   Chunk,
   same_segment,
   tile_mask,
 )
-from pallas_kernels.head_attention.mosaic_tpu_plan import Layout
-from pallas_kernels.head_attention.mosaic_tpu_specs import Inputs
+from pallas_kernels.head_attention.mosaic_tpu.plan import Layout
+from pallas_kernels.head_attention.mosaic_tpu.specs import Inputs
 
 P = TypeVar("P")
 W = TypeVar("W")

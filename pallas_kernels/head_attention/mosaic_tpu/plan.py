@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pallas_kernels.head_attention.contexts import Rule
-from pallas_kernels.head_attention.mosaic_tpu_items import (
+from pallas_kernels.head_attention.mosaic_tpu.items import (
   Call,
   Worklist,
   make_calls,

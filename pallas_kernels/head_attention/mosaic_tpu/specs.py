@@ -13,12 +13,12 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.head_attention.mosaic_tpu_items import (
+from pallas_kernels.head_attention.mosaic_tpu.items import (
   Call,
   Step,
   read_step,
 )
-from pallas_kernels.head_attention.mosaic_tpu_plan import Layout
+from pallas_kernels.head_attention.mosaic_tpu.plan import Layout
 
 _LANES = 128
 _SUBLANES = 8

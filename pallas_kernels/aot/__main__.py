@@ -4,8 +4,7 @@ r"""Asks whether head attention compiles for a chip that is not here.
     --kv-heads 8 --head-dim 128 --block 64 --local 8 --stride 16 --backward
 
 Prints what it needs; exits with 1, and says why, if it does not compile, with 3
-if the compiler is not installed: `pip install 'jaxheads[aot]'`. In a program,
-`compile_for` asks the same about any function.
+if the compiler is not installed: `pip install 'jaxheads[aot]'`.
 """
 
 import argparse
@@ -17,13 +16,8 @@ from typing import Any, NoReturn
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.aot_compile import DoesNotCompile as DoesNotCompile
-from pallas_kernels.aot_compile import Report as Report
-from pallas_kernels.aot_compile import compile_for as compile_for
-from pallas_kernels.aot_compile import tracing_for
-from pallas_kernels.aot_targets import CHIP_NAMES as CHIP_NAMES
-from pallas_kernels.aot_targets import CompilerMissing as CompilerMissing
-from pallas_kernels.aot_targets import find
+from pallas_kernels.aot.compile import DoesNotCompile, compile_for, tracing_for
+from pallas_kernels.aot.targets import CHIP_NAMES, CompilerMissing, find
 from pallas_kernels.head_attention import (
   HeadContexts,
   Strided,
@@ -188,15 +182,9 @@ def _choice(
   offset = jax.ShapeDtypeStruct((), jnp.int32)
   operands = Operands(q, k, v, None, None, offset)  # type: ignore[arg-type]
   name = api._choose(implementation, settings, operands)
-  if tiling is not None:
-    return name, f"{tiling.block_q} queries x {tiling.block_kv} keys"
-  tilings = getattr(api._module(name), "tilings", None)
-  if tilings is None:
+  if tiling is None:
     return name, "chosen by the implementation"
-  return name, ", ".join(
-    f"{kernel} {each.block_q} queries x {each.block_kv} keys"
-    for kernel, each in tilings(settings, operands).items()
-  )
+  return name, f"{tiling.block_q} queries x {tiling.block_kv} keys"
 
 
 def _pattern(flags: argparse.Namespace, kv_heads: int) -> HeadContexts:

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.head_attention import mosaic_tpu_specs as specs
-from pallas_kernels.head_attention.mosaic_tpu_items import (
+from pallas_kernels.head_attention.mosaic_tpu import specs
+from pallas_kernels.head_attention.mosaic_tpu.items import (
   EDGE,
   FAR,
   FIRST,
@@ -24,9 +24,9 @@ from pallas_kernels.head_attention.mosaic_tpu_items import (
   Call,
   read_step,
 )
-from pallas_kernels.head_attention.mosaic_tpu_masks import Chunk
-from pallas_kernels.head_attention.mosaic_tpu_plan import Layout
-from pallas_kernels.head_attention.mosaic_tpu_tile import (
+from pallas_kernels.head_attention.mosaic_tpu.masks import Chunk
+from pallas_kernels.head_attention.mosaic_tpu.plan import Layout
+from pallas_kernels.head_attention.mosaic_tpu.tile import (
   LOG2_E,
   Logits,
   Overlap,

@@ -7,18 +7,18 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels.head_attention.triton_keys import (
+from pallas_kernels.head_attention.triton.keys import (
   KeyTile,
   Mask,
   Sums,
   scaled,
   store_sums,
 )
-from pallas_kernels.head_attention.triton_problem import (
+from pallas_kernels.head_attention.triton.problem import (
   Problem,
   load_rows,
 )
-from pallas_kernels.head_attention.triton_walks import kept, load_words
+from pallas_kernels.head_attention.triton.walks import kept, load_words
 
 
 def column_kernel(
@@ -34,8 +34,8 @@ def column_kernel(
   the full ones of all heads, then the others. Grid: program, batch.
 
   Refs: q, k, v, d_out, lse, delta, segment ids of queries and keys if any;
-  the fields of `triton_lists.KeyLists`; tile, KV head, begin and end of
-  `triton_lists.Columns`; then dk, dv: partial sums [B, programs block_kv, 1,
+  the fields of `lists.KeyLists`; tile, KV head, begin and end of
+  `lists.Columns`; then dk, dv: partial sums [B, programs block_kv, 1,
   H] in float32 if any column is split, else [B, S, KV heads of the run, H].
   """
   refs = iter(all_refs)
@@ -125,7 +125,7 @@ def sum_kernel(problem: Problem, *all_refs: Any) -> None:
 
   Grid: key tile, KV head, batch.
 
-  Refs: `starts` of `triton_lists.Columns`, partial dk and dv; dk, dv.
+  Refs: `starts` of `lists.Columns`, partial dk and dv; dk, dv.
   """
   starts_ref, dk_parts_ref, dv_parts_ref, dk_ref, dv_ref = all_refs
   tile, kv_of_run, batch = (pl.program_id(i) for i in range(3))
