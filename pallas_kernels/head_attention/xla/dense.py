@@ -20,8 +20,10 @@ _KEYS = 512
 _LOGITS = 2**23
 
 
-def fits(operands: Operands) -> bool:
-  """Whether the problem is small enough."""
+def fits(settings: Settings, operands: Operands) -> bool:
+  """Whether the problem is small enough, and no tiles were asked for."""
+  if settings.tiling is not None:
+    return False
   batch, length, heads = operands.q.shape[:3]
   kv_length = operands.k.shape[1]
   pairs = length * kv_length

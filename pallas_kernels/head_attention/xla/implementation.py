@@ -47,7 +47,7 @@ def forward(
     batch, length, heads = q.shape[:3]
     out = jnp.zeros((*q.shape[:3], v.shape[3]), q.dtype)
     return out, jnp.full((batch, heads, length), -jnp.inf, jnp.float32)
-  if dense.fits(operands):
+  if dense.fits(settings, operands):
     return dense.forward(settings, operands)
   results = [
     _Heads(settings, operands, run).forward()
@@ -83,7 +83,7 @@ def backward(
   # The weights of a row that sees nothing are exp(-inf).
   delta = jnp.where(empty, 0.0, delta - d_lse)
   lse = jnp.where(empty, jnp.inf, lse)
-  if dense.fits(operands):
+  if dense.fits(settings, operands):
     dq, dk, dv = dense.backward(settings, operands, lse, delta, d_out)
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype)
   lse, delta = lse.swapaxes(1, 2), delta.swapaxes(1, 2)
