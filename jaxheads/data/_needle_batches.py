@@ -33,7 +33,8 @@ class Stage:
   Attributes:
     task: What prompts hide, and how many questions they ask. Prompts take
       turns with 1 to `task.needles` needles, so that the easy case comes
-      along.
+      along, and with 1 to `task.questions` questions, so that distance alone
+      does not find a needle.
     length: Tokens of a prompt.
     steps: Batches.
 
@@ -139,12 +140,12 @@ class NeedleBatches(Iterator[Batch]):
     return self._stages[-1], self._rows[-1]
 
   def _draw(self, stage: Stage, index: int) -> NeedleExample:
-    # By turns: a batch holds every number of needles.
-    needles = 1 + index % stage.task.needles
+    # By turns: a batch holds every number of needles and of questions.
+    turn, needles = divmod(index, stage.task.needles)
+    needles += 1
+    questions = 1 + turn % min(needles, stage.task.questions)
     task = dataclasses.replace(
-      stage.task,
-      needles=needles,
-      questions=min(needles, stage.task.questions),
+      stage.task, needles=needles, questions=questions
     )
     return draw_needle(task, stage.length, seed=self._seed, index=index)
 

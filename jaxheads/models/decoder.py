@@ -25,8 +25,6 @@ from jaxheads.moh._execution import Implementation as RoutedImplementation
 from jaxheads.nn import HeadAttention
 from jaxheads.s2 import Pattern
 
-_STDDEV = 0.02
-
 
 class RMSNorm(nnx.Module):
   """x / sqrt(mean(x^2) + epsilon) * scale, with float32 statistics.
@@ -67,8 +65,8 @@ class SwiGLU(nnx.Module):
       rngs=rngs,
     )
     D, F = config.embed_dim, config.mlp_dim
-    self.gate = linear(D, F, kernel_init=_init())
-    self.up = linear(D, F, kernel_init=_init())
+    self.gate = linear(D, F, kernel_init=_init(config))
+    self.up = linear(D, F, kernel_init=_init(config))
     self.down = linear(F, D, kernel_init=_residual_init(config))
 
   def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
@@ -107,7 +105,7 @@ class DecoderBlock(nnx.Module):
       rope_theta=config.rope_theta,
       dtype=jnp.dtype(config.dtype),
       param_dtype=jnp.dtype(config.param_dtype),
-      kernel_init=_init(),
+      kernel_init=_init(config),
       out_kernel_init=_residual_init(config),
       use_bias=False,
       decode=False,
@@ -166,8 +164,8 @@ class DecoderLM(nnx.Module):
   Args:
     config: Sizes, numerics, head plans and contexts.
     rngs: Source of the initial parameters: truncated normals of standard
-      deviation 0.02, divided by sqrt(2 * num_layers) where a layer adds to
-      the residual stream.
+      deviation 1 / sqrt(embed_dim), divided by sqrt(2 * num_layers) where a
+      layer adds to the residual stream.
   """
 
   def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
@@ -177,7 +175,7 @@ class DecoderLM(nnx.Module):
       config.embed_dim,
       dtype=jnp.dtype(config.dtype),
       param_dtype=jnp.dtype(config.param_dtype),
-      embedding_init=_init(),
+      embedding_init=_init(config),
       rngs=rngs,
     )
     self.stacks = nnx.List(
@@ -190,7 +188,7 @@ class DecoderLM(nnx.Module):
     else:
       shape = (config.embed_dim, config.vocab_size)
       self.unembedding = nnx.Param(
-        _init()(rngs.params(), shape, jnp.dtype(config.param_dtype))
+        _init(config)(rngs.params(), shape, jnp.dtype(config.param_dtype))
       )
 
   def __call__(
@@ -395,8 +393,13 @@ def _stack_state(
   return jax.vmap(block_state)(keys)
 
 
-def _init() -> jax.nn.initializers.Initializer:
-  return jax.nn.initializers.truncated_normal(_STDDEV)
+def _init(config: ModelConfig) -> jax.nn.initializers.Initializer:
+  """Logits of attention are about 1 at any width, so that small models learn.
+
+  Source:
+    Efficient BackProp (LeCun et al., 1998), section 4.6.
+  """
+  return jax.nn.initializers.truncated_normal(config.embed_dim**-0.5)
 
 
 def _residual_init(config: ModelConfig) -> jax.nn.initializers.Initializer:
@@ -406,5 +409,5 @@ def _residual_init(config: ModelConfig) -> jax.nn.initializers.Initializer:
     Language models are unsupervised multitask learners (GPT-2), section 2.3.
   """
   return jax.nn.initializers.truncated_normal(
-    _STDDEV / (2 * config.num_layers) ** 0.5
+    (2 * config.num_layers * config.embed_dim) ** -0.5
   )
