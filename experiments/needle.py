@@ -36,6 +36,11 @@ from jaxheads.training.model_options import ModelOptions, S2Options
 class Needle:
   """What to train and what to ask."""
 
+  copy_steps: int = 500
+  """Training steps before the first needle in which a stretch of symbols is to
+  be repeated: that teaches to look back."""
+  copy_length: int = 64
+  """Prompt length of these in tokens."""
   lengths: tuple[int, ...] = (24, 40, 72, 128, 256, 512, 1024)
   """Prompt lengths in tokens, in the order of the training."""
   needles: tuple[int, ...] = (1, 2, 4, 4, 4, 4, 4)
@@ -299,12 +304,13 @@ def train_and_ask(
   import jax
   from flax import nnx
 
-  from jaxheads.data import NeedleBatches, NeedleTask, Stage
+  from jaxheads.data import CopyTask, NeedleBatches, NeedleTask, Stage
   from jaxheads.models import DecoderLM
   from jaxheads.training import devices, fit, signals
   from jaxheads.training.retrieval import Retrieval
 
-  stages = [
+  stages = [Stage(CopyTask(), needle.copy_length, needle.copy_steps)]
+  stages += [
     Stage(
       NeedleTask(needles=needles, questions=needles, noise=needle.noise),
       length,
@@ -315,7 +321,7 @@ def train_and_ask(
     )
   ]
   longest = max(needle.lengths)
-  steps = sum(needle.steps)
+  steps = needle.copy_steps + sum(needle.steps)
   config = TrainConfig(
     seq_len=longest,
     batch_size=max(1, needle.tokens_per_step // longest),

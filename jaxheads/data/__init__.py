@@ -15,9 +15,9 @@ from ._loader import make_loader as make_loader
 from ._needle import ANSWER_TOKENS as ANSWER_TOKENS
 from ._needle import EVALUATION_SEED as EVALUATION_SEED
 from ._needle import NEEDLE_VOCAB_SIZE as NEEDLE_VOCAB_SIZE
+from ._needle import CopyTask as CopyTask
 from ._needle import NeedleExample as NeedleExample
 from ._needle import NeedleTask as NeedleTask
-from ._needle import draw_needle as draw_needle
 from ._needle_batches import NeedleBatches as NeedleBatches
 from ._needle_batches import Stage as Stage
 from ._needle_batches import needle_batch as needle_batch

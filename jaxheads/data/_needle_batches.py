@@ -1,4 +1,4 @@
-"""Needle tasks as batches to learn from, first short, then long."""
+"""Batches of looking things up, first in short prompts, then in long ones."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -10,7 +10,7 @@ import numpy as np
 from jaxheads.errors import UserError
 
 from ._loader import Batch
-from ._needle import NeedleExample, NeedleTask, draw_needle
+from ._needle import CopyTask, NeedleExample, NeedleTask
 
 
 def needle_batch(examples: Sequence[NeedleExample]) -> Batch:
@@ -42,17 +42,15 @@ class Stage:
     UserError: `length` does not hold the needles.
   """
 
-  task: NeedleTask
+  task: NeedleTask | CopyTask
   length: int
   steps: int
 
   def __post_init__(self) -> None:
     if self.length < self.task.min_length():
       raise UserError(
-        f"a prompt with {self.task.needles} needles and "
-        f"{self.task.questions} questions needs at least "
-        f"{self.task.min_length()} tokens, got {self.length}; make it longer, "
-        "or hide less"
+        f"a prompt for {self.task} needs at least {self.task.min_length()} "
+        f"tokens, got {self.length}; make it longer, or hide less"
       )
 
 
@@ -140,14 +138,9 @@ class NeedleBatches(Iterator[Batch]):
     return self._stages[-1], self._rows[-1]
 
   def _draw(self, stage: Stage, index: int) -> NeedleExample:
-    # By turns: a batch holds every number of needles and of questions.
-    turn, needles = divmod(index, stage.task.needles)
-    needles += 1
-    questions = 1 + turn % min(needles, stage.task.questions)
-    task = dataclasses.replace(
-      stage.task, needles=needles, questions=questions
+    return stage.task.at_turn(index).draw(
+      stage.length, seed=self._seed, index=index
     )
-    return draw_needle(task, stage.length, seed=self._seed, index=index)
 
   def _describe(self) -> dict[str, Any]:
     """What must be equal for a position to mean the same."""

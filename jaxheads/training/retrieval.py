@@ -17,9 +17,9 @@ from matplotlib.figure import Figure
 from jaxheads.data import (
   ANSWER_TOKENS,
   EVALUATION_SEED,
+  CopyTask,
   NeedleTask,
   Stage,
-  draw_needle,
   needle_batch,
 )
 from jaxheads.training import devices, figures
@@ -96,7 +96,7 @@ class Retrieval:
   def ask(
     self,
     state: TrainState,
-    task: NeedleTask,
+    task: NeedleTask | CopyTask,
     length: int,
     *,
     samples: int,
@@ -113,7 +113,7 @@ class Retrieval:
       depth: Where the needle is, 0 to 1; `None` is anywhere.
       first: Number of the first example of the evaluation's seed.
     """
-    task = dataclasses.replace(task, questions=1)
+    task = task.asking_once()
     size = self._mesh.size
     rows = max(1, self._tokens_per_batch // length // size) * size
     exact = nats = 0.0
@@ -122,8 +122,7 @@ class Retrieval:
       # The last batch is filled up with prompts that are not counted, for
       # every length to have one compiled program.
       examples = [
-        draw_needle(
-          task,
+        task.draw(
           length,
           seed=EVALUATION_SEED,
           index=first + start + row,
@@ -140,7 +139,7 @@ class Retrieval:
   def sweep(
     self,
     state: TrainState,
-    task: NeedleTask,
+    task: NeedleTask | CopyTask,
     lengths: Sequence[int],
     depths: Sequence[float],
     *,

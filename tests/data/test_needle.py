@@ -9,10 +9,10 @@ from jaxheads.data import (
   ANSWER_TOKENS,
   EVALUATION_SEED,
   NEEDLE_VOCAB_SIZE,
+  CopyTask,
   NeedleBatches,
   NeedleTask,
   Stage,
-  draw_needle,
   needle_batch,
 )
 from jaxheads.errors import UserError
@@ -52,7 +52,7 @@ def needles_in(context):
 def test_questions_are_answered_by_the_text(task, depth, extra):
   length = task.min_length() + extra
   for index in range(5):
-    example = draw_needle(task, length, seed=7, index=index, depth=depth)
+    example = task.draw(length, seed=7, index=index, depth=depth)
     tokens = example.tokens.tolist()
     assert example.tokens.dtype == np.int32
     assert len(tokens) == length + ANSWER_TOKENS
@@ -82,8 +82,7 @@ def test_questions_are_answered_by_the_text(task, depth, extra):
 
 def test_depths_are_drawn_over_the_whole_context():
   starts = [
-    draw_needle(NeedleTask(), 100, seed=0, index=index).start
-    for index in range(300)
+    NeedleTask().draw(100, seed=0, index=index).start for index in range(300)
   ]
   assert min(starts) < 8
   assert max(starts) > 100 - 5 - 8 - 5
@@ -92,7 +91,7 @@ def test_depths_are_drawn_over_the_whole_context():
 
 def test_examples_are_functions_of_seed_and_number():
   def draw(seed, index):
-    return draw_needle(TASKS["many"], 90, seed=seed, index=index).tokens
+    return TASKS["many"].draw(90, seed=seed, index=index).tokens
 
   np.testing.assert_array_equal(draw(3, 4), draw(3, 4))
   for other in ((3, 5), (4, 4), (EVALUATION_SEED + 3, 4)):
@@ -100,7 +99,7 @@ def test_examples_are_functions_of_seed_and_number():
 
 
 def test_the_cycle_repeats():
-  example = draw_needle(TASKS["cycle"], 200, seed=0, index=0, depth=1.0)
+  example = TASKS["cycle"].draw(200, seed=0, index=0, depth=1.0)
   noise = example.tokens[1 : example.start]
   np.testing.assert_array_equal(noise[:-20], noise[20:])
 
@@ -112,11 +111,11 @@ def test_the_cycle_repeats():
     (lambda: NeedleTask(questions=2), "`questions` must be in .1, 1."),
     (lambda: NeedleTask(noise="white"), "`noise` must be"),
     (
-      lambda: draw_needle(NeedleTask(), 12, seed=0, index=0),
-      "`length` must be at least 13 for `needles` = 1, got 12",
+      lambda: NeedleTask().draw(12, seed=0, index=0),
+      r"`length` must be at least 13 for 1 needle.* got 12",
     ),
     (
-      lambda: draw_needle(NeedleTask(), 50, seed=0, index=0, depth=1.1),
+      lambda: NeedleTask().draw(50, seed=0, index=0, depth=1.1),
       "`depth` must be in .0, 1., got 1.1",
     ),
     (
@@ -132,8 +131,7 @@ def test_what_does_not_fit_is_refused(make, message):
 
 def test_batches_count_what_follows_the_first_question():
   examples = [
-    draw_needle(task, 80, seed=0, index=0)
-    for task in (TASKS["one"], TASKS["asked"])
+    task.draw(80, seed=0, index=0) for task in (TASKS["one"], TASKS["asked"])
   ]
   batch = needle_batch(examples)
   for row, example in enumerate(examples):
@@ -143,6 +141,31 @@ def test_batches_count_what_follows_the_first_question():
     np.testing.assert_array_equal(
       counted, example.tokens[example.questions_start + 1 :]
     )
+
+
+@pytest.mark.parametrize("depth", [None, 0.0, 0.37, 1.0])
+@pytest.mark.parametrize("length", [18, 64, 1500])
+def test_a_stretch_is_to_be_copied(length, depth):
+  sizes = set()
+  for index in range(10):
+    example = CopyTask().draw(length, seed=3, index=index, depth=depth)
+    tokens = example.tokens.tolist()
+    assert len(tokens) == length + ANSWER_TOKENS
+    assert (tokens[0], tokens[-1]) == (BOS, EOS)
+    question = tokens.index(QRY)
+    assert question == example.questions_start
+    stretch = tokens[question + 1 : -1]
+    start, size = example.start, len(stretch)
+    sizes.add(size)
+    assert tokens[start : start + size] == stretch
+    assert set(stretch) <= {*KEYS, *VALUES, *NOISE}
+    before, after = start - 1, question - start - size
+    assert {*tokens[1:start], *tokens[start + size : question]} <= {*NOISE}
+    if depth is not None:
+      assert abs(before - depth * (before + after)) <= 0.5
+    again = CopyTask().draw(length, seed=3, index=index, depth=depth)
+    np.testing.assert_array_equal(again.tokens, example.tokens)
+  assert len(sizes) > 1 or length == 18
 
 
 STAGES = (Stage(TASKS["asked"], 60, 2), Stage(TASKS["many"], 120, 1))
@@ -179,6 +202,15 @@ def test_every_number_of_needles_comes():
   assert found == [1, 2, 3, 4] * 2
 
 
+def test_every_number_of_questions_comes():
+  counts = {
+    row.count(QRY)
+    for batch in itertools.islice(batches(), 2)
+    for row in batch["tokens"].tolist()
+  }
+  assert counts == {1, 2, 3}
+
+
 def test_processes_share_the_rows():
   whole = next(batches())
   parts = [
@@ -204,5 +236,7 @@ def test_a_position_can_be_resumed():
 
 
 def test_stages_that_do_not_hold_the_needles_are_refused():
-  with pytest.raises(UserError, match="4 needles and 3 .* at least 60 tokens"):
+  with pytest.raises(UserError, match=r"4 needle\(s\) .* at least 60 tokens"):
     Stage(TASKS["asked"], 59, 1)
+  with pytest.raises(UserError, match="stretch .* at least 18 tokens"):
+    Stage(CopyTask(), 17, 1)

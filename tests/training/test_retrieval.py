@@ -12,7 +12,6 @@ from jaxheads.data import (
   NEEDLE_VOCAB_SIZE,
   NeedleTask,
   Stage,
-  draw_needle,
 )
 from jaxheads.training import devices
 from jaxheads.training.retrieval import Retrieval, plot_retrieval
@@ -71,9 +70,7 @@ def test_exact_answers_are_counted():
   reach = 40
   asked, state = retrieval(reach)
   starts = [
-    draw_needle(
-      NeedleTask(needles=3), 90, seed=EVALUATION_SEED, index=index
-    ).start
+    NeedleTask(needles=3).draw(90, seed=EVALUATION_SEED, index=index).start
     for index in range(21)
   ]
   expected = np.mean([start <= reach for start in starts])
