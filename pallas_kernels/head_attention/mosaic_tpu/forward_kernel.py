@@ -113,7 +113,7 @@ def attend(
   scale: float,
   soft_cap: float | None,
   overlap: Overlap,
-  previous: tuple[jax.Array, jax.Array] | None,
+  previous: tuple[jax.Array | None, jax.Array | None],
   vmem_bytes: int | None,
   interpret: Any,
 ) -> tuple[jax.Array, jax.Array]:

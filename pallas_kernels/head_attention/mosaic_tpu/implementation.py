@@ -14,8 +14,8 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.head_attention.mosaic_tpu import specs
 from pallas_kernels.head_attention.mosaic_tpu.backward_kernel import (
-  key_gradients,
-  query_gradient,
+  Gradients,
+  add_gradients,
 )
 from pallas_kernels.head_attention.mosaic_tpu.forward_kernel import attend
 from pallas_kernels.head_attention.mosaic_tpu.plan import (
@@ -67,7 +67,7 @@ def forward(
   padded = _q_padded(layouts)
   queries = specs.make_queries(operands.q, operands.q_segment_ids, padded)
   plans = [forward_plan(layout) for layout in layouts]
-  results = None
+  results: tuple[Array | None, Array | None] = (None, None)
   if not all(plan.covers_all for plan in plans):
     shape = (B, N, padded, operands.v.shape[-1])
     results = (
@@ -86,8 +86,8 @@ def forward(
         previous=results,
         **options,
       )
-  assert results is not None
   out, lse = results
+  assert out is not None and lse is not None
   return out[:, :, :T].swapaxes(1, 2), lse[:, :, 0, :T]
 
 
@@ -104,28 +104,28 @@ def backward(
   """Gradients of q, k and v; see `operands.Implementation`."""
   layouts = make_layouts(settings, operands)
   queries = _cotangents(layouts, operands, out, lse, d_out, d_lse)
-  plans = [forward_plan(layout) for layout in layouts]
-  T = operands.q.shape[1]
-  dq = None
-  if not all(plan.covers_all for plan in plans):
-    dq = (jnp.zeros_like(queries.q),)
+  B, N, padded, H = queries.q.shape
+  # Accumulated in HBM; key tiles come one after the other.
+  dq = jnp.zeros((B, N, H, padded), jnp.float32)
   parts = []
-  for layout, plan in zip(layouts, plans, strict=True):
-    keys = _keys(layout, operands)
-    options = _options(settings, operands, layout, backward=True)
-    for call in plan.calls:
-      dq = query_gradient(layout, call, queries, keys, previous=dq, **options)
-    parts.append(
-      _key_gradients(layout, queries, keys, len(layouts) == 1, options)
+  for layout in layouts:
+    dk, dv, dq = _run_gradients(
+      layout,
+      queries,
+      _keys(layout, operands),
+      dq,
+      len(layouts) == 1,
+      _options(settings, operands, layout, backward=True),
     )
-  assert dq is not None
+    parts.append((dk, dv))
   dk, dv = (
     _sum_of_runs(layouts, list(each), like)
     for each, like in zip(
       zip(*parts, strict=True), (operands.k, operands.v), strict=True
     )
   )
-  return dq[0][:, :, :T].swapaxes(1, 2), dk, dv
+  dq = dq[..., : operands.q.shape[1]] * settings.scale
+  return dq.transpose(0, 3, 1, 2).astype(operands.q.dtype), dk, dv
 
 
 def _cotangents(
@@ -158,27 +158,27 @@ def _cotangents(
   )
 
 
-def _key_gradients(
+def _run_gradients(
   layout: Layout,
   queries: specs.Queries,
   keys: specs.Keys,
+  dq: Array,
   is_only_run: bool,
   options: dict[str, Any],
-) -> tuple[Array, ...]:
-  """Of the KV heads that the run reads, [B, K of the run, S padded, H]."""
+) -> Gradients:
+  """Of the KV heads that the run reads, padded; and `dq` with its heads."""
   plan = key_plan(layout)
   # Several parts are added in float32.
   whole = is_only_run and not plan.far.calls
   dtype = keys.k.dtype if whole else jnp.float32
-  results = None
+  results = Gradients(None, None, dq)
   if not plan.near.covers_all:
     heads = slice(layout.kv_start, layout.kv_stop)
-    results = tuple(
-      jnp.zeros_like(x[:, heads], dtype) for x in (keys.k, keys.v)
-    )
+    dk, dv = (jnp.zeros_like(x[:, heads], dtype) for x in (keys.k, keys.v))
+    results = Gradients(dk, dv, dq)
   for calls, adds in ((plan.near.calls, False), (plan.far.calls, True)):
     for call in calls:
-      results = key_gradients(
+      results = add_gradients(
         layout,
         call,
         queries,
@@ -188,7 +188,6 @@ def _key_gradients(
         adds=adds,
         **options,
       )
-  assert results is not None
   return results
 
 

@@ -19,6 +19,12 @@ from pallas_kernels.head_attention import (
   head_attention,
   mosaic_tpu,
 )
+from pallas_kernels.head_attention.mosaic_tpu import implementation, items
+from pallas_kernels.head_attention.mosaic_tpu.plan import (
+  Layout,
+  forward_plan,
+  key_plan,
+)
 from pallas_kernels.head_attention.operands import Operands, Settings
 from pallas_kernels.head_attention.schedule import (
   StridedHeads,
@@ -113,6 +119,24 @@ def test_no_races_and_nothing_uninitialised_is_read(pattern, capsys):
   assert "RACE" not in capsys.readouterr().out
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  "kv_heads",
+  [
+    # Whose steps come back to the one query tile at once, after two and after
+    # three.
+    pytest.param(6, id="one member"),
+    pytest.param(3, id="two members"),
+    pytest.param(2, id="three members"),
+  ],
+)
+def test_key_tiles_with_one_query_tile(kv_heads, capsys):
+  pattern = strided(0, 0, 0, 0, 0, 0)
+  cores = dataclasses.replace(RACES, num_cores_or_threads=2)
+  check(pattern, inputs(30, 90, N=6, K=kv_heads, B=2), cores)
+  assert "RACE" not in capsys.readouterr().out
+
+
 def test_a_race_would_be_seen(capsys):
   # Two steps of a parallel axis that write the same block, so that the test
   # above cannot pass because nothing is watched.
@@ -196,9 +220,9 @@ def test_long_lists_are_split_and_change_no_bit(pattern, monkeypatch):
   arrays = inputs(128, 128, N=4, K=2)
   whole = run(pattern, arrays, "mosaic_tpu")
   calls = []
-  attend = mosaic_tpu.attend
+  attend = implementation.attend
   monkeypatch.setattr(
-    mosaic_tpu,
+    implementation,
     "attend",
     lambda *args, **options: calls.append(1) or attend(*args, **options),
   )
