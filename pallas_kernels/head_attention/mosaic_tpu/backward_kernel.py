@@ -103,13 +103,14 @@ def _kernel(
 
     def add(chunk: Chunk, weights: tuple[jax.Array, jax.Array]) -> None:
       p, ds = weights
+      # This order takes the fewest bundles where one chunk is all of the tile.
+      dq_sums.add(
+        at, pl.ds(chunk.start, chunk.size), matmul(tile.k, ds, (0, 0))
+      )
       d_out = context.rows(inputs.queries.d_out, chunk)
       dv_acc_ref[...] += matmul(p, d_out, (1, 0))
       q = context.rows(inputs.queries.q, chunk)
       dk_acc_ref[...] += matmul(ds, q, (1, 0))
-      dq_sums.add(
-        at, pl.ds(chunk.start, chunk.size), matmul(tile.k, ds, (0, 0))
-      )
 
     chunk_by_chunk(
       layout.tiling.block_q,
