@@ -5,6 +5,7 @@ tiles have no mask arithmetic; products take the inputs' dtype (float32: all
 passes of the matrix unit), everything else is float32.
 """
 
+import dataclasses
 import functools
 import operator
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from pallas_kernels.head_attention.contexts import HeadContexts
 from pallas_kernels.head_attention.mosaic_tpu import specs
 from pallas_kernels.head_attention.mosaic_tpu.backward_kernel import (
   Gradients,
@@ -33,6 +35,10 @@ from pallas_kernels.head_attention.operands import Operands, Settings
 
 # In base 2, the log-sum-exp of a row that sees nothing: no weight, no NaN.
 _NOTHING_SEEN = 1e30
+
+# Float32 sums of dq take twice the memory of q. Where they would take more than
+# this, some KV heads go after the others.
+_MOST_SUMS_BYTES = 2 << 30
 
 
 def _options(
@@ -102,6 +108,56 @@ def backward(
   Float[Array, "B T N H"], Float[Array, "B S K H"], Float[Array, "B S K Hv"]
 ]:
   """Gradients of q, k and v; see `operands.Implementation`."""
+  N, K = operands.q.shape[2], operands.k.shape[2]
+  sums_bytes = 4 * operands.q.size
+  step = max(1, K * _MOST_SUMS_BYTES // max(sums_bytes, 1))
+  parts = []
+  for start in range(0, K, step):
+    kv_heads = slice(start, min(start + step, K))
+    heads = slice(kv_heads.start * N // K, kv_heads.stop * N // K)
+    parts.append(
+      _backward(
+        _settings_of(settings, heads),
+        operands._replace(
+          q=operands.q[:, :, heads],
+          k=operands.k[:, :, kv_heads],
+          v=operands.v[:, :, kv_heads],
+        ),
+        out[:, :, heads],
+        lse[:, heads],
+        d_out[:, :, heads],
+        d_lse[:, heads],
+      )
+    )
+  dq, dk, dv = (
+    each[0] if len(each) == 1 else jnp.concatenate(each, axis=2)
+    for each in zip(*parts, strict=True)
+  )
+  return dq, dk, dv
+
+
+def _settings_of(settings: Settings, heads: slice) -> Settings:
+  """The settings of some heads."""
+  pattern = settings.pattern
+  if len(pattern.rules) == heads.stop - heads.start:
+    return settings
+  return dataclasses.replace(
+    settings,
+    pattern=HeadContexts(
+      pattern.block_size, pattern.rules[heads], pattern.is_causal
+    ),
+  )
+
+
+def _backward(
+  settings: Settings,
+  operands: Operands,
+  out: Array,
+  lse: Array,
+  d_out: Array,
+  d_lse: Array,
+) -> tuple[Array, Array, Array]:
+  """Of all heads at once."""
   layouts = make_layouts(settings, operands)
   queries = _cotangents(layouts, operands, out, lse, d_out, d_lse)
   B, N, padded, H = queries.q.shape
@@ -124,8 +180,9 @@ def backward(
       zip(*parts, strict=True), (operands.k, operands.v), strict=True
     )
   )
-  dq = dq[..., : operands.q.shape[1]] * settings.scale
-  return dq.transpose(0, 3, 1, 2).astype(operands.q.dtype), dk, dv
+  # Rounded first: a transposed copy of the sums takes twice the memory.
+  dq = (dq * settings.scale).astype(operands.q.dtype)
+  return dq[..., : operands.q.shape[1]].transpose(0, 3, 1, 2), dk, dv
 
 
 def _cotangents(

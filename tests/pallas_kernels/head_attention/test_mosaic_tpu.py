@@ -25,6 +25,7 @@ from pallas_kernels.head_attention.mosaic_tpu.plan import (
   forward_plan,
   key_plan,
 )
+from pallas_kernels.head_attention.mosaic_tpu.tile import Overlap
 from pallas_kernels.head_attention.operands import Operands, Settings
 from pallas_kernels.head_attention.schedule import (
   StridedHeads,
@@ -187,6 +188,23 @@ def test_a_race_would_be_seen(capsys):
 )
 def test_gradients_are_summed_over_the_query_heads_of_a_kv_head(pattern):
   check(pattern, inputs(70, 96, N=4, K=1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  "overlap",
+  [
+    Overlap(32, ahead=1),
+    Overlap(8, ahead=2, pieces=2),
+    Overlap(16, ahead=1, pieces=2, scales_first=True),
+    # Too small to be cut.
+    Overlap(16, ahead=1, pieces=4, scales_first=True),
+  ],
+  ids=str,
+)
+def test_however_a_tile_is_cut(overlap, monkeypatch):
+  monkeypatch.setattr(implementation, "overlap", lambda *_, **__: overlap)
+  check(strided(0, 1), inputs(70, 96, N=2, K=2))
 
 
 def test_heads_that_share_a_table_share_its_list():
@@ -498,3 +516,25 @@ def test_every_strided_visit_is_in_one_call_and_the_lists_are_shared():
   # Two tiles of the window, and the shard before it.
   far = sum(-(-512 * (tile - 1) // 2048) for tile in range(1, 64))
   assert call.items == 2 * 64 - 1 + far
+
+
+@pytest.mark.slow
+def test_heads_whose_sums_are_too_large_take_turns(monkeypatch):
+  pattern = strided(0, 1, 2, 3, 0, 1)
+  arrays = inputs(70, 96, N=6, K=3)
+  whole = run(pattern, arrays, "mosaic_tpu")
+  calls = []
+  add_gradients = implementation.add_gradients
+  monkeypatch.setattr(
+    implementation,
+    "add_gradients",
+    lambda *args, **options: calls.append(1) or add_gradients(*args, **options),
+  )
+  # Two KV heads, then one.
+  monkeypatch.setattr(
+    implementation, "_MOST_SUMS_BYTES", 4 * arrays[0].size * 2 // 3
+  )
+  parts = run(pattern, arrays, "mosaic_tpu")
+  assert len(calls) == 4
+  for one, other in zip(whole, parts, strict=True):
+    np.testing.assert_array_equal(one, other)
