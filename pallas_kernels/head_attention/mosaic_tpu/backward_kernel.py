@@ -187,7 +187,7 @@ def add_gradients(
   far = call.has_far
   spec = specs.far_spec if far else specs.near_spec
   rows = layout.far_blocks * layout.block if far else layout.tiling.block_kv
-  views = shapes
+  views: tuple[tuple[int, ...], ...] = shapes
   if far:
     views = tuple(specs.shard_shape(layout, shape, 2) for shape in shapes)
   dk, dv, dq = specs.run_call(

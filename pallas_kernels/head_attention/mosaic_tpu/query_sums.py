@@ -47,7 +47,7 @@ class Position(NamedTuple):
     return self.item * self.call.members + self.member
 
   @property
-  def count(self) -> int:
+  def steps(self) -> int:
     """Steps of the row."""
     return self.call.items * self.call.members
 
@@ -71,11 +71,11 @@ class Position(NamedTuple):
     first = last - distance
     one, other = (
       self.tables.place[
-        lax.div(jnp.clip(step, 0, self.count - 1), jnp.int32(members))
+        lax.div(jnp.clip(step, 0, self.steps - 1), jnp.int32(members))
       ]
       for step in (first, last)
     )
-    return (first >= 0) & (last < self.count) & (one == other)
+    return (first >= 0) & (last < self.steps) & (one == other)
 
 
 class QuerySums(NamedTuple):
@@ -122,7 +122,7 @@ class QuerySums(NamedTuple):
       self._fetch(at, slot).start
     )
 
-    @pl.when((number + 1 < at.count) & ~at.repeats(1, 1) & ~at.repeats(1, 2))
+    @pl.when((number + 1 < at.steps) & ~at.repeats(1, 1) & ~at.repeats(1, 2))
     def fetch_next() -> None:
       self._fetch(at.next(), after).start()
 
@@ -139,7 +139,7 @@ class QuerySums(NamedTuple):
     store = self._store(at, slot)
     pl.when(~at.repeats(1, 1))(store.start)
 
-    @pl.when(at.number == at.count - 1)
+    @pl.when(at.number == at.steps - 1)
     def finish() -> None:
       pl.when((at.number >= 1) & ~at.repeats(0, 1))(
         self._store(at, before).wait
