@@ -249,7 +249,7 @@ def _vmem_bytes(
   queries_bytes = tiling.block_q * (2 * sizes * item + query_sums * 4)
   keys_bytes = keys * sizes * (2 * item + key_sums * 4)
   # Logits, weights and their gradients; float32 products take three parts.
-  tile_bytes = 21 if item == 4 else 9
+  tile_bytes = 24 if item == 4 else 9
   if operands.q_segment_ids is not None:
     queries_bytes += 2 * tiling.block_q * _SUBLANES * 4
     keys_bytes += 2 * keys * _LANES * 4
