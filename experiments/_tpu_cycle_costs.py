@@ -30,7 +30,7 @@ PEAK = {
 }
 # The kernels of a direction, and how many products each makes of a tile.
 PARTS: dict[str, dict[str, dict[str, int]]] = {
-  "ours": {"forward": {"forward": 2}, "backward": {"dq": 3, "dkv": 4}},
+  "ours": {"forward": {"forward": 2}, "backward": {"backward": 5}},
   "splash fused": {"forward": {"fwd": 2}, "backward": {"dkv": 5}},
   "splash unfused": {"forward": {"fwd": 2}, "backward": {"dq": 3, "dkv": 4}},
 }
@@ -114,7 +114,7 @@ def our_calls(
   """Each call of a part: its code, what it visits, its tiles by kind."""
   visits = our_visits(case, problem)
   lists = [visits]
-  if part == "dkv":
+  if part == "backward":
     lists = [visits.take(~visits.is_far), visits.take(visits.is_far)]
   return [
     (schedule, items, label(schedule, kind_counts(items)))
@@ -207,7 +207,8 @@ def our_cost(
         for kind, count in kind_counts(items).items()
       )
       steps = items.q_tile.size
-      outputs = np.unique(items.kv_tile if part == "dkv" else items.q_tile).size
+      output_tiles = items.q_tile if part == "forward" else items.kv_tile
+      outputs = np.unique(output_tiles).size
       rest = steps * schedule.step_bundles() + outputs * schedule.ends_bundles()
       cost = cost.plus(steps, in_tiles, rest, problem.heads)
   return cost

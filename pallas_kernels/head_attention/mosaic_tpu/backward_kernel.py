@@ -3,12 +3,13 @@
   p  = exp(logits - lse)         dv = p d_out
   ds = p (v d_out - delta)       dq = scale k ds,  dk = scale ds q
 
-One kernel goes query tile by query tile for dq, one key tile by key tile for
-dk and dv, with the query heads of a KV head innermost: sums have one order.
+One kernel goes key tile by key tile, with the query heads of a KV head
+innermost: five products a tile, and sums have one order. dk and dv stay in the
+vector memory until their tile is done; dq is added to in HBM.
 """
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +27,10 @@ from pallas_kernels.head_attention.mosaic_tpu.items import (
 )
 from pallas_kernels.head_attention.mosaic_tpu.masks import Chunk
 from pallas_kernels.head_attention.mosaic_tpu.plan import Layout
+from pallas_kernels.head_attention.mosaic_tpu.query_sums import (
+  Position,
+  QuerySums,
+)
 from pallas_kernels.head_attention.mosaic_tpu.tile import (
   LOG2_E,
   Logits,
@@ -63,63 +68,16 @@ def _weigh(
   return p.astype(queries.q.dtype), ds.astype(queries.q.dtype)
 
 
-def _dq_kernel(
-  tables: Any,
-  inputs: specs.Inputs,
-  previous: Any,
-  dq_ref: Any,
-  acc_ref: Any,
-  *,
-  layout: Layout,
-  call: Call,
-  scale: float,
-  soft_cap: float | None,
-  overlap: Overlap,
-) -> None:
-  del previous  # The rest of the arrays that are written into.
-  row, item, member = (pl.program_id(axis) for axis in (1, 2, 3))
-  step = read_step(tables, row, item, member, call.members)
-
-  @pl.when((step.flags & FIRST) != 0)
-  def start() -> None:
-    acc_ref[...] = jnp.zeros_like(acc_ref)
-
-  context = TileContext(layout, scale, soft_cap, tables, inputs, item, step)
-
-  def add_tile(kind: int) -> None:
-    tile = load_tile(inputs, kind)
-
-    def add(chunk: Chunk, weights: tuple[jax.Array, jax.Array]) -> None:
-      at = pl.ds(chunk.start, chunk.size)
-      acc_ref[:, at] += matmul(tile.k, weights[1], (0, 0))
-
-    chunk_by_chunk(
-      layout.tiling.block_q,
-      overlap,
-      functools.partial(_products, context, tile, kind),
-      functools.partial(_weigh, context),
-      add,
-    )
-
-  for kind in call.kinds:
-    pl.when((step.flags & (FAR | EDGE)) == kind)(
-      functools.partial(add_tile, kind)
-    )
-
-  @pl.when((step.flags & LAST) != 0)
-  def finish() -> None:
-    dq_ref[...] = (acc_ref[...] * scale).T.astype(dq_ref.dtype)
-
-
-def _dkv_kernel(
+def _kernel(
   tables: Any,
   inputs: specs.Inputs,
   previous: Any,
   dk_ref: Any,
   dv_ref: Any,
+  dq_ref: Any,
   dk_acc_ref: Any,
   dv_acc_ref: Any,
-  *,
+  *dq_scratch: Any,
   layout: Layout,
   call: Call,
   scale: float,
@@ -127,8 +85,11 @@ def _dkv_kernel(
   overlap: Overlap,
   adds: bool,
 ) -> None:
-  row, item, member = (pl.program_id(axis) for axis in (1, 2, 3))
+  batch, row, item, member = (pl.program_id(axis) for axis in range(4))
   step = read_step(tables, row, item, member, call.members)
+  at = Position(tables, call, batch, row, item, member)
+  dq_sums = QuerySums(dq_ref, *dq_scratch)
+  dq_sums.begin(at)
 
   @pl.when(((step.flags & FIRST) != 0) & (member == 0))
   def start() -> None:
@@ -142,6 +103,10 @@ def _dkv_kernel(
 
     def add(chunk: Chunk, weights: tuple[jax.Array, jax.Array]) -> None:
       p, ds = weights
+      # This order takes the fewest bundles where one chunk is all of the tile.
+      dq_sums.add(
+        at, pl.ds(chunk.start, chunk.size), matmul(tile.k, ds, (0, 0))
+      )
       d_out = context.rows(inputs.queries.d_out, chunk)
       dv_acc_ref[...] += matmul(p, d_out, (1, 0))
       q = context.rows(inputs.queries.q, chunk)
@@ -159,6 +124,7 @@ def _dkv_kernel(
     pl.when((step.flags & (FAR | EDGE)) == kind)(
       functools.partial(add_tile, kind)
     )
+  dq_sums.end(at)
 
   @pl.when(((step.flags & LAST) != 0) & (member == call.members - 1))
   def finish() -> None:
@@ -171,45 +137,21 @@ def _dkv_kernel(
     dv_ref[...] = dv.astype(dv_ref.dtype)
 
 
-def query_gradient(
-  layout: Layout,
-  call: Call,
-  queries: specs.Queries,
-  keys: specs.Keys,
-  *,
-  scale: float,
-  soft_cap: float | None,
-  overlap: Overlap,
-  previous: tuple[jax.Array] | None,
-  vmem_bytes: int | None,
-  interpret: Any,
-) -> tuple[jax.Array]:
-  """Gradient of q, [B, N, T, H], where the call writes."""
-  size = queries.q.shape[-1]
-  (dq,) = specs.run_call(
-    functools.partial(
-      _dq_kernel,
-      layout=layout,
-      call=call,
-      scale=scale,
-      soft_cap=soft_cap,
-      overlap=overlap,
-    ),
-    layout,
-    call,
-    specs.Inputs(queries, **specs.views(layout, call, keys)),
-    name="head_attention_dq",
-    out_shapes=(jax.ShapeDtypeStruct(queries.q.shape, queries.q.dtype),),
-    out_specs=(specs.query_spec(layout, call.members, size),),
-    scratch=(pltpu.VMEM((size, layout.tiling.block_q), jnp.float32),),
-    previous=previous,
-    vmem_bytes=vmem_bytes,
-    interpret=interpret,
-  )
-  return (dq,)
+class Gradients(NamedTuple):
+  """What the calls of a run write, one after the other.
+
+  Attributes:
+    k: [B, K of the run, S, H]; None before the first call if that writes all.
+    v: The same for Hv.
+    q: Float32 [B, N, H, T], without the scale.
+  """
+
+  k: Any
+  v: Any
+  q: Any
 
 
-def key_gradients(
+def add_gradients(
   layout: Layout,
   call: Call,
   queries: specs.Queries,
@@ -219,12 +161,12 @@ def key_gradients(
   soft_cap: float | None,
   overlap: Overlap,
   dtype: Any,
-  previous: tuple[jax.Array, ...] | None,
+  previous: Gradients,
   adds: bool,
   vmem_bytes: int | None,
   interpret: Any,
-) -> tuple[jax.Array, ...]:
-  """Gradients of k and v where the call writes.
+) -> Gradients:
+  """Gradients after a call.
 
   Args:
     layout: Static sizes.
@@ -232,39 +174,25 @@ def key_gradients(
     queries, keys: What they read.
     scale, soft_cap: Of the logits.
     overlap: How query tiles are cut.
-    dtype: Of the gradients.
-    previous: Arrays to write into, as what is returned.
-    adds: Adds to what is in `previous` instead of replacing it.
+    dtype: Of the gradients of k and v.
+    previous: The gradients before it; they are written into.
+    adds: Adds to those of k and v instead of replacing them.
     vmem_bytes: Limit of the vector memory.
     interpret: For `pallas_call`.
-
-  Returns:
-    [B, K of the run, S, H] and the same for Hv.
   """
   batch, _, length, _ = keys.k.shape
   heads = layout.kv_stop - layout.kv_start
   sizes = (keys.k.shape[-1], keys.v.shape[-1])
-  shapes = [
-    jax.ShapeDtypeStruct((batch, heads, length, size), dtype) for size in sizes
-  ]
+  shapes = tuple((batch, heads, length, size) for size in sizes)
   far = call.has_far
   spec = specs.far_spec if far else specs.near_spec
   rows = layout.far_blocks * layout.block if far else layout.tiling.block_kv
+  views: tuple[tuple[int, ...], ...] = shapes
   if far:
-    shapes = [
-      jax.ShapeDtypeStruct(
-        jax.eval_shape(
-          functools.partial(specs.shard_view, layout, axis=2), shape
-        ).shape,
-        dtype,
-      )
-      for shape in shapes
-    ]
-    if previous is not None:
-      previous = tuple(specs.shard_view(layout, x, 2) for x in previous)
-  results = specs.run_call(
+    views = tuple(specs.shard_shape(layout, shape, 2) for shape in shapes)
+  dk, dv, dq = specs.run_call(
     functools.partial(
-      _dkv_kernel,
+      _kernel,
       layout=layout,
       call=call,
       scale=scale,
@@ -275,15 +203,28 @@ def key_gradients(
     layout,
     call,
     specs.Inputs(queries, **specs.views(layout, call, keys)),
-    name="head_attention_dkv",
-    out_shapes=tuple(shapes),
-    out_specs=tuple(
-      spec(layout, call.members, size, layout.kv_start) for size in sizes
+    name="head_attention_backward",
+    out_shapes=(
+      *(jax.ShapeDtypeStruct(view, dtype) for view in views),
+      jax.ShapeDtypeStruct(previous.q.shape, jnp.float32),
     ),
-    scratch=tuple(pltpu.VMEM((rows, size), jnp.float32) for size in sizes),
-    previous=previous,
+    out_specs=(
+      *(spec(layout, call.members, size, layout.kv_start) for size in sizes),
+      pl.BlockSpec(memory_space=pl.ANY),
+    ),
+    scratch=(
+      *(pltpu.VMEM((rows, size), jnp.float32) for size in sizes),
+      *QuerySums.scratch(sizes[0], layout.tiling.block_q),
+    ),
+    previous=(
+      *(
+        None if array is None else array.reshape(view)
+        for array, view in zip(previous[:2], views, strict=True)
+      ),
+      previous.q,
+    ),
     reads_previous=adds,
     vmem_bytes=vmem_bytes,
     interpret=interpret,
   )
-  return tuple(x.reshape(batch, heads, length, x.shape[-1]) for x in results)
+  return Gradients(dk.reshape(shapes[0]), dv.reshape(shapes[1]), dq)

@@ -26,9 +26,14 @@ from pallas_kernels.head_attention.mosaic_tpu.tile import (
   Overlap,
   TileContext,
   chunk_by_chunk,
+  cut,
   load_tile,
   matmul,
 )
+
+
+def _times(x: jax.Array, factor: float) -> jax.Array:
+  return x if factor == 1 else x * factor
 
 
 def _kernel(
@@ -63,9 +68,13 @@ def _kernel(
     """Weights [keys, queries], and what earlier sums shrink by."""
     m_old = context.columns(m_ref, chunk)
     values, base2 = logits.values, context.unit * LOG2_E
-    m_new = jnp.maximum(m_old, jnp.max(values, axis=0, keepdims=True))
-    p = jnp.exp2((values - m_new) * base2)
-    shrink = jnp.exp2((m_old - m_new) * base2)
+    if overlap.scales_first:
+      values, base2 = values * base2, 1.0
+    m_new = m_old
+    for piece in cut(values, overlap.pieces):
+      m_new = jnp.maximum(m_new, jnp.max(piece, axis=0, keepdims=True))
+    p = jnp.exp2(_times(values - m_new, base2))
+    shrink = jnp.exp2(_times(m_old - m_new, base2))
     at = pl.ds(chunk.start, chunk.size)
     total = jnp.sum(p, axis=0, keepdims=True)
     m_ref[:, at] = m_new
@@ -83,7 +92,7 @@ def _kernel(
     chunk_by_chunk(
       layout.tiling.block_q,
       overlap,
-      functools.partial(context.logits, tile, kind),
+      functools.partial(context.logits, tile, kind, pieces=overlap.pieces),
       weigh,
       add,
     )
@@ -100,7 +109,8 @@ def _kernel(
     safe = jnp.where(seen, l, 1.0)
     # Rows that see nothing have a zero accumulator.
     out_ref[...] = (acc_ref[...] / safe).T.astype(out_ref.dtype)
-    lse = m_ref[...] * context.unit + jnp.log(safe)
+    unit = 1 / LOG2_E if overlap.scales_first else context.unit
+    lse = m_ref[...] * unit + jnp.log(safe)
     lse_ref[...] = jnp.where(seen, lse, -jnp.inf)
 
 
@@ -113,7 +123,7 @@ def attend(
   scale: float,
   soft_cap: float | None,
   overlap: Overlap,
-  previous: tuple[jax.Array, jax.Array] | None,
+  previous: tuple[jax.Array | None, jax.Array | None],
   vmem_bytes: int | None,
   interpret: Any,
 ) -> tuple[jax.Array, jax.Array]:

@@ -5,6 +5,7 @@ tiles have no mask arithmetic; products take the inputs' dtype (float32: all
 passes of the matrix unit), everything else is float32.
 """
 
+import dataclasses
 import functools
 import operator
 from typing import Any
@@ -12,10 +13,11 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from pallas_kernels.head_attention.contexts import HeadContexts
 from pallas_kernels.head_attention.mosaic_tpu import specs
 from pallas_kernels.head_attention.mosaic_tpu.backward_kernel import (
-  key_gradients,
-  query_gradient,
+  Gradients,
+  add_gradients,
 )
 from pallas_kernels.head_attention.mosaic_tpu.forward_kernel import attend
 from pallas_kernels.head_attention.mosaic_tpu.plan import (
@@ -33,6 +35,10 @@ from pallas_kernels.head_attention.operands import Operands, Settings
 
 # In base 2, the log-sum-exp of a row that sees nothing: no weight, no NaN.
 _NOTHING_SEEN = 1e30
+
+# Float32 sums of dq take twice the memory of q. Where they would take more than
+# this, some KV heads go after the others.
+_MOST_SUMS_BYTES = 2 << 30
 
 
 def _options(
@@ -67,7 +73,7 @@ def forward(
   padded = _q_padded(layouts)
   queries = specs.make_queries(operands.q, operands.q_segment_ids, padded)
   plans = [forward_plan(layout) for layout in layouts]
-  results = None
+  results: tuple[Array | None, Array | None] = (None, None)
   if not all(plan.covers_all for plan in plans):
     shape = (B, N, padded, operands.v.shape[-1])
     results = (
@@ -86,8 +92,8 @@ def forward(
         previous=results,
         **options,
       )
-  assert results is not None
   out, lse = results
+  assert out is not None and lse is not None
   return out[:, :, :T].swapaxes(1, 2), lse[:, :, 0, :T]
 
 
@@ -102,30 +108,81 @@ def backward(
   Float[Array, "B T N H"], Float[Array, "B S K H"], Float[Array, "B S K Hv"]
 ]:
   """Gradients of q, k and v; see `operands.Implementation`."""
+  N, K = operands.q.shape[2], operands.k.shape[2]
+  sums_bytes = 4 * operands.q.size
+  step = max(1, K * _MOST_SUMS_BYTES // max(sums_bytes, 1))
+  parts = []
+  for start in range(0, K, step):
+    kv_heads = slice(start, min(start + step, K))
+    heads = slice(kv_heads.start * N // K, kv_heads.stop * N // K)
+    parts.append(
+      _backward(
+        _settings_of(settings, heads),
+        operands._replace(
+          q=operands.q[:, :, heads],
+          k=operands.k[:, :, kv_heads],
+          v=operands.v[:, :, kv_heads],
+        ),
+        out[:, :, heads],
+        lse[:, heads],
+        d_out[:, :, heads],
+        d_lse[:, heads],
+      )
+    )
+  dq, dk, dv = (
+    each[0] if len(each) == 1 else jnp.concatenate(each, axis=2)
+    for each in zip(*parts, strict=True)
+  )
+  return dq, dk, dv
+
+
+def _settings_of(settings: Settings, heads: slice) -> Settings:
+  """The settings of some heads."""
+  pattern = settings.pattern
+  if len(pattern.rules) == heads.stop - heads.start:
+    return settings
+  return dataclasses.replace(
+    settings,
+    pattern=HeadContexts(
+      pattern.block_size, pattern.rules[heads], pattern.is_causal
+    ),
+  )
+
+
+def _backward(
+  settings: Settings,
+  operands: Operands,
+  out: Array,
+  lse: Array,
+  d_out: Array,
+  d_lse: Array,
+) -> tuple[Array, Array, Array]:
+  """Of all heads at once."""
   layouts = make_layouts(settings, operands)
   queries = _cotangents(layouts, operands, out, lse, d_out, d_lse)
-  plans = [forward_plan(layout) for layout in layouts]
-  T = operands.q.shape[1]
-  dq = None
-  if not all(plan.covers_all for plan in plans):
-    dq = (jnp.zeros_like(queries.q),)
+  B, N, padded, H = queries.q.shape
+  # Accumulated in HBM; key tiles come one after the other.
+  dq = jnp.zeros((B, N, H, padded), jnp.float32)
   parts = []
-  for layout, plan in zip(layouts, plans, strict=True):
-    keys = _keys(layout, operands)
-    options = _options(settings, operands, layout, backward=True)
-    for call in plan.calls:
-      dq = query_gradient(layout, call, queries, keys, previous=dq, **options)
-    parts.append(
-      _key_gradients(layout, queries, keys, len(layouts) == 1, options)
+  for layout in layouts:
+    dk, dv, dq = _run_gradients(
+      layout,
+      queries,
+      _keys(layout, operands),
+      dq,
+      len(layouts) == 1,
+      _options(settings, operands, layout, backward=True),
     )
-  assert dq is not None
+    parts.append((dk, dv))
   dk, dv = (
     _sum_of_runs(layouts, list(each), like)
     for each, like in zip(
       zip(*parts, strict=True), (operands.k, operands.v), strict=True
     )
   )
-  return dq[0][:, :, :T].swapaxes(1, 2), dk, dv
+  # Rounded first: a transposed copy of the sums takes twice the memory.
+  dq = (dq * settings.scale).astype(operands.q.dtype)
+  return dq[..., : operands.q.shape[1]].transpose(0, 3, 1, 2), dk, dv
 
 
 def _cotangents(
@@ -158,27 +215,27 @@ def _cotangents(
   )
 
 
-def _key_gradients(
+def _run_gradients(
   layout: Layout,
   queries: specs.Queries,
   keys: specs.Keys,
+  dq: Array,
   is_only_run: bool,
   options: dict[str, Any],
-) -> tuple[Array, ...]:
-  """Of the KV heads that the run reads, [B, K of the run, S padded, H]."""
+) -> Gradients:
+  """Of the KV heads that the run reads, padded; and `dq` with its heads."""
   plan = key_plan(layout)
   # Several parts are added in float32.
   whole = is_only_run and not plan.far.calls
   dtype = keys.k.dtype if whole else jnp.float32
-  results = None
+  results = Gradients(None, None, dq)
   if not plan.near.covers_all:
     heads = slice(layout.kv_start, layout.kv_stop)
-    results = tuple(
-      jnp.zeros_like(x[:, heads], dtype) for x in (keys.k, keys.v)
-    )
+    dk, dv = (jnp.zeros_like(x[:, heads], dtype) for x in (keys.k, keys.v))
+    results = Gradients(dk, dv, dq)
   for calls, adds in ((plan.near.calls, False), (plan.far.calls, True)):
     for call in calls:
-      results = key_gradients(
+      results = add_gradients(
         layout,
         call,
         queries,
@@ -188,7 +245,6 @@ def _key_gradients(
         adds=adds,
         **options,
       )
-  assert results is not None
   return results
 
 

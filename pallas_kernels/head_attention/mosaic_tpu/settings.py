@@ -8,6 +8,7 @@ from pallas_kernels.head_attention.mosaic_tpu.items import (
   MAX_Q_TILES,
 )
 from pallas_kernels.head_attention.mosaic_tpu.plan import Layout
+from pallas_kernels.head_attention.mosaic_tpu.query_sums import BUFFERS
 from pallas_kernels.head_attention.mosaic_tpu.tile import Overlap
 from pallas_kernels.head_attention.operands import Operands, Settings
 from pallas_kernels.head_attention.schedule import (
@@ -60,21 +61,19 @@ def vmem_limit(layout: Layout, operands: Operands) -> int:
 def overlap(layout: Layout, *, backward: bool) -> Overlap:
   """How the kernels cut their query tiles on this TPU.
 
-  Chosen by the bundles that the compiler schedules for a full tile of 1024 x
-  1024 x 128 in bfloat16. Forward, of 128 queries with two chunks ahead and of
-  256 with one: v5e 4772 and 4296, v6e 2910 and 3092. Backward, of whole tiles
-  and of 256 with one chunk ahead: v5e 5435 and 5952 for dq, 7147 and 8175 for
-  dk and dv; v6e 2788 and 2782, 4247 and 4226.
+  Chosen by the bundles that the compiler schedules for a full tile of 512 x
+  512 x 128 and of 1024 x 1024 x 128 in bfloat16. Forward, of 256 queries in
+  one product and in two: v5e 1397, 4299 and 1079, 4278; v6e, which gains by
+  scaling first, 931, 2990 and 804, 2583. Backward, of whole tiles and of 256
+  queries: v5e 2251, 8603 and 2451, 9307; v6e 1546, 4787 and 1314, 4759.
   """
   try:
     newer = pltpu.get_tpu_info().generation >= 6
   except ValueError:
     newer = False
-  if backward and not newer:
-    return Overlap(layout.tiling.block_q, ahead=1)
-  if newer and not backward:
-    return Overlap(128, ahead=2)
-  return Overlap(256, ahead=1)
+  if backward:
+    return Overlap(256 if newer else layout.tiling.block_q, ahead=1)
+  return Overlap(256, ahead=1, pieces=2, scales_first=newer)
 
 
 def refusal(settings: Settings, operands: Operands) -> str | None:
@@ -232,20 +231,30 @@ def _shrink(
 def _vmem_bytes(
   block: int, run: Run, tiling: Tiling, operands: Operands
 ) -> int:
-  """Estimate of what the largest of the kernels, that of dk and dv, takes."""
+  """Estimate of what the backward kernel takes, which takes the most.
+
+  A little more than the compiler allocates for v4 (2.7 to 16.7 MiB), where
+  query tiles are not cut; less where they are.
+  """
   item = operands.q.dtype.itemsize
   sizes = sum(-(-array.shape[-1] // _LANES) * _LANES for array in operands[1:3])
   keys = tiling.block_kv
+  # Accumulators, and two buffers for gradients; also for those added to.
+  key_sums = 3
   if isinstance(run, StridedHeads) and run.stride:
     keys = max(keys, block)
+    key_sums = 3 if run.stride == 1 else 5
   # Two buffers for each operand that is fetched; sums are float32.
-  queries_bytes = 2 * tiling.block_q * sizes * item
-  keys_bytes = keys * sizes * (2 * item + 5 * 4)
-  if operands.q_segment_ids is not None:
-    keys_bytes += 2 * keys * _LANES * 4
+  query_sums = BUFFERS * operands.q.shape[-1]
+  queries_bytes = tiling.block_q * (2 * sizes * item + query_sums * 4)
+  keys_bytes = keys * sizes * (2 * item + key_sums * 4)
   # Logits, weights and their gradients; float32 products take three parts.
-  tile_bytes = keys * tiling.block_q * (24 if item == 4 else 12)
-  return queries_bytes + keys_bytes + tile_bytes
+  tile_bytes = 24 if item == 4 else 9
+  if operands.q_segment_ids is not None:
+    queries_bytes += 2 * tiling.block_q * _SUBLANES * 4
+    keys_bytes += 2 * keys * _LANES * 4
+    tile_bytes += item // 2
+  return queries_bytes + keys_bytes + keys * tiling.block_q * tile_bytes
 
 
 def _vmem_capacity() -> int:

@@ -102,10 +102,18 @@ def near_keys(
   return Keys(k, v, segment_ids)
 
 
+def shard_shape(
+  layout: Layout, shape: tuple[int, ...], axis: int
+) -> tuple[int, ...]:
+  """The shape with the tokens of an axis as [S / (stride b), stride, b]."""
+  tokens = layout.stride * layout.block
+  split = (shape[axis] // tokens, layout.stride, layout.block)
+  return (*shape[:axis], *split, *shape[axis + 1 :])
+
+
 def shard_view(layout: Layout, x: jax.Array, axis: int) -> jax.Array:
-  """The tokens of an axis as [S / (stride b), stride, b]; costs nothing."""
-  shape = (-1, layout.stride, layout.block)
-  return x.reshape(*x.shape[:axis], *shape, *x.shape[axis + 1 :])
+  """The array in that shape; costs nothing."""
+  return x.reshape(shard_shape(layout, x.shape, axis))
 
 
 def views(layout: Layout, call: Call, keys: Keys) -> dict[str, Keys | None]:
@@ -278,7 +286,7 @@ def run_call(
   out_shapes: tuple[jax.ShapeDtypeStruct, ...],
   out_specs: tuple[pl.BlockSpec, ...],
   scratch: tuple[Any, ...],
-  previous: tuple[jax.Array, ...] | None,
+  previous: tuple[jax.Array | None, ...],
   reads_previous: bool = False,
   vmem_bytes: int | None,
   interpret: Any,
@@ -294,22 +302,21 @@ def run_call(
     name: Of the kernel.
     out_shapes, out_specs: What it writes.
     scratch: Buffers.
-    previous: Arrays to write into; None makes new ones, in which whatever the
-      items do not write is undefined.
+    previous: Arrays to write into, one an output; None makes a new one, in
+      which whatever the items do not write is undefined.
     reads_previous: The kernel gets the tiles of `previous`.
     vmem_bytes: Limit of the vector memory; None for the compiler's own.
     interpret: For `pallas_call`.
   """
   specs = input_specs(layout, call.members, inputs)
-  previous_specs: tuple[pl.BlockSpec, ...] | None = None
-  aliases = {}
-  if previous is not None:
-    untouched = pl.BlockSpec(memory_space=pl.ANY)
-    previous_specs = (
-      out_specs if reads_previous else (untouched,) * len(out_specs)
-    )
-    before = len(jax.tree.leaves((call.tables, inputs)))
-    aliases = {before + at: at for at in range(len(previous))}
+  untouched = pl.BlockSpec(memory_space=pl.ANY)
+  previous_specs = tuple(
+    array if array is None else spec if reads_previous else untouched
+    for array, spec in zip(previous, out_specs, strict=True)
+  )
+  before = len(jax.tree.leaves((call.tables, inputs)))
+  given = [at for at, array in enumerate(previous) if array is not None]
+  aliases = {before + at: output for at, output in enumerate(given)}
   batch = inputs.queries.q.shape[0]
   return pl.pallas_call(
     kernel,

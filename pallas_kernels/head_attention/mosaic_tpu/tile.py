@@ -25,6 +25,8 @@ P = TypeVar("P")
 W = TypeVar("W")
 
 LOG2_E = float(np.log2(np.e))
+# Rows of a register of bfloat16.
+_PACKED_SUBLANES = 16
 
 
 class Overlap(NamedTuple):
@@ -33,10 +35,16 @@ class Overlap(NamedTuple):
   Attributes:
     chunk: Queries whose softmax runs while the matrix unit works on others.
     ahead: Chunks whose products come before it.
+    pieces: Products, each of some keys, that make the logits of a chunk: the
+      maximum of one piece is taken while the next is multiplied.
+    scales_first: Logits are scaled before their maximum is taken, not after;
+      forward only.
   """
 
   chunk: int
   ahead: int
+  pieces: int = 1
+  scales_first: bool = False
 
 
 # Where the running maximum starts, finite: hidden logits are -inf and have no
@@ -54,6 +62,13 @@ def matmul(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:
     preferred_element_type=jnp.float32,
     precision=lax.Precision.HIGHEST if exact else lax.Precision.DEFAULT,
   )
+
+
+def cut(rows: jax.Array, pieces: int) -> list[jax.Array]:
+  """So many pieces of equal size, or one if that would split a register."""
+  if rows.shape[0] % (pieces * _PACKED_SUBLANES):
+    return [rows]
+  return jnp.split(rows, pieces)
 
 
 class Logits(NamedTuple):
@@ -154,10 +169,15 @@ class TileContext(NamedTuple):
     """A chunk of statistics or segment ids, [rows, queries]."""
     return ref[:, chunk.start : chunk.start + chunk.size]
 
-  def logits(self, tile: Tile, kind: int, chunk: Chunk) -> Logits:
-    """Masked logits of a chunk."""
+  def logits(
+    self, tile: Tile, kind: int, chunk: Chunk, pieces: int = 1
+  ) -> Logits:
+    """Masked logits of a chunk, from so many products."""
     queries = self.inputs.queries
-    values = matmul(tile.k, self.rows(queries.q, chunk), (1, 1))
+    q = self.rows(queries.q, chunk)
+    values = jnp.concatenate(
+      [matmul(k, q, (1, 1)) for k in cut(tile.k, pieces)]
+    )
     slope = None
     if self.soft_cap is not None:
       values = jnp.tanh(values * (self.scale / self.soft_cap))

@@ -19,6 +19,13 @@ from pallas_kernels.head_attention import (
   head_attention,
   mosaic_tpu,
 )
+from pallas_kernels.head_attention.mosaic_tpu import implementation, items
+from pallas_kernels.head_attention.mosaic_tpu.plan import (
+  Layout,
+  forward_plan,
+  key_plan,
+)
+from pallas_kernels.head_attention.mosaic_tpu.tile import Overlap
 from pallas_kernels.head_attention.operands import Operands, Settings
 from pallas_kernels.head_attention.schedule import (
   StridedHeads,
@@ -113,6 +120,24 @@ def test_no_races_and_nothing_uninitialised_is_read(pattern, capsys):
   assert "RACE" not in capsys.readouterr().out
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  "kv_heads",
+  [
+    # Whose steps come back to the one query tile at once, after two and after
+    # three.
+    pytest.param(6, id="one member"),
+    pytest.param(3, id="two members"),
+    pytest.param(2, id="three members"),
+  ],
+)
+def test_key_tiles_with_one_query_tile(kv_heads, capsys):
+  pattern = strided(0, 0, 0, 0, 0, 0)
+  cores = dataclasses.replace(RACES, num_cores_or_threads=2)
+  check(pattern, inputs(30, 90, N=6, K=kv_heads, B=2), cores)
+  assert "RACE" not in capsys.readouterr().out
+
+
 def test_a_race_would_be_seen(capsys):
   # Two steps of a parallel axis that write the same block, so that the test
   # above cannot pass because nothing is watched.
@@ -165,6 +190,23 @@ def test_gradients_are_summed_over_the_query_heads_of_a_kv_head(pattern):
   check(pattern, inputs(70, 96, N=4, K=1))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  "overlap",
+  [
+    Overlap(32, ahead=1),
+    Overlap(8, ahead=2, pieces=2),
+    Overlap(16, ahead=1, pieces=2, scales_first=True),
+    # Too small to be cut.
+    Overlap(16, ahead=1, pieces=4, scales_first=True),
+  ],
+  ids=str,
+)
+def test_however_a_tile_is_cut(overlap, monkeypatch):
+  monkeypatch.setattr(implementation, "overlap", lambda *_, **__: overlap)
+  check(strided(0, 1), inputs(70, 96, N=2, K=2))
+
+
 def test_heads_that_share_a_table_share_its_list():
   arrays = inputs(70, 96, N=4, K=2)
   check(tables(random_masks(2, 12)[[0, 0, 1, 1]]), arrays)
@@ -196,9 +238,9 @@ def test_long_lists_are_split_and_change_no_bit(pattern, monkeypatch):
   arrays = inputs(128, 128, N=4, K=2)
   whole = run(pattern, arrays, "mosaic_tpu")
   calls = []
-  attend = mosaic_tpu.attend
+  attend = implementation.attend
   monkeypatch.setattr(
-    mosaic_tpu,
+    implementation,
     "attend",
     lambda *args, **options: calls.append(1) or attend(*args, **options),
   )
@@ -474,3 +516,23 @@ def test_every_strided_visit_is_in_one_call_and_the_lists_are_shared():
   # Two tiles of the window, and the shard before it.
   far = sum(-(-512 * (tile - 1) // 2048) for tile in range(1, 64))
   assert call.items == 2 * 64 - 1 + far
+
+
+@pytest.mark.slow
+def test_heads_whose_sums_are_too_large_take_turns(monkeypatch):
+  pattern = strided(0, 1, 2, 3, 0, 1)
+  arrays = inputs(70, 96, N=6, K=3)
+  calls = []
+  add_gradients = implementation.add_gradients
+  monkeypatch.setattr(
+    implementation,
+    "add_gradients",
+    lambda *args, **options: calls.append(1) or add_gradients(*args, **options),
+  )
+  # Two KV heads, then one.
+  monkeypatch.setattr(
+    implementation, "_MOST_SUMS_BYTES", 4 * arrays[0].size * 2 // 3
+  )
+  check(pattern, arrays)
+  # Near and far, twice.
+  assert len(calls) == 4
