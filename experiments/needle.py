@@ -41,18 +41,18 @@ class Needle:
   be repeated: that teaches to look back."""
   copy_length: int = 64
   """Prompt length of these in tokens."""
-  lengths: tuple[int, ...] = (24, 40, 72, 128, 256, 512, 1024)
+  lengths: tuple[int, ...] = (64, 128, 256, 512, 1024)
   """Prompt lengths in tokens, in the order of the training."""
-  needles: tuple[int, ...] = (1, 2, 4, 4, 4, 4, 4)
+  needles: tuple[int, ...] = (1, 1, 1, 1, 1)
   """Facts hidden in a prompt at each length; training asks for all of them,
   the sweep for one of as many as at the last length."""
-  steps: tuple[int, ...] = (700, 700, 500, 200, 100, 80, 80)
+  steps: tuple[int, ...] = (300, 150, 150, 100, 100)
   """Training steps at each length."""
-  tokens_per_step: int = 1024
+  tokens_per_step: int = 4096
   """Prompt tokens of a step, over all devices."""
   noise: Literal["random", "cycle"] = "random"
   """What the needles hide in: "random" symbols, or a "cycle" of 20."""
-  ask_lengths: tuple[int, ...] = (256, 512, 1024)
+  ask_lengths: tuple[int, ...] = (128, 256, 512, 1024)
   """Prompt lengths to ask at; may be longer than those of the training."""
   depths: int = 10
   """Depths to ask at, evenly from the start of the prompt to its end."""
@@ -109,7 +109,7 @@ _CPU = Needle()
 _LONG = dataclasses.replace(
   _CPU,
   lengths=(*_CPU.lengths, 2048, 4096, 8192, 16384, 32768),
-  needles=(*_CPU.needles, 4, 4, 4, 4, 4),
+  needles=(*_CPU.needles, 1, 1, 1, 1, 1),
   steps=(*_CPU.steps, 100, 100, 100, 100, 100),
   tokens_per_step=65536,
   ask_lengths=(1024, 2048, 4096, 8192, 16384, 32768),
