@@ -95,6 +95,10 @@ class Needle:
           f"`--{name.replace('_', '-')}` must be numbers of at least 1, got "
           f"{' '.join(map(str, getattr(self, name))) or 'none'}"
         )
+    if self.copy_steps < 0:
+      raise UserError(
+        f"`--copy-steps` must not be negative, got {self.copy_steps}"
+      )
     for name in ("tokens_per_step", "depths", "samples"):
       if getattr(self, name) < 1:
         raise UserError(
@@ -199,11 +203,12 @@ def run(command: Command) -> dict[str, Any]:
 
   needle, out = command.needle, command.out
   reporter = Reporter()
-  prepare(command)
+  stages = curriculum(needle)
   longest = max(*needle.lengths, *needle.ask_lengths)
   sharded = dataclasses.replace(needle.model, max_seq_len=longest + 8).build(
     NEEDLE_VOCAB_SIZE
   )
+  prepare(command)
   reporter.say(f"devices    {devices.describe()}")
   reporter.say(
     f"model      {sharded.num_params:,} parameters, "
@@ -224,6 +229,7 @@ def run(command: Command) -> dict[str, Any]:
       name = artefacts.label(model_config)
       accuracy, seconds = train_and_ask(
         needle,
+        stages,
         model_config,
         RunFolder(out / folder),
         name=name,
@@ -257,6 +263,33 @@ def run(command: Command) -> dict[str, Any]:
   return results
 
 
+def curriculum(needle: Needle) -> list[Any]:
+  """The stages of the training.
+
+  Raises:
+    UserError: A length, of the training or of a question, is too short.
+  """
+  from jaxheads.data import CopyTask, NeedleTask, Stage
+
+  stages = [Stage(CopyTask(), needle.copy_length, needle.copy_steps)]
+  stages += [
+    Stage(
+      NeedleTask(needles=needles, questions=needles, noise=needle.noise),
+      length,
+      steps,
+    )
+    for needles, length, steps in zip(
+      needle.needles, needle.lengths, needle.steps, strict=True
+    )
+  ]
+  for length in needle.ask_lengths:
+    try:
+      Stage(stages[-1].task.asking_once(), length, 1)
+    except UserError as error:
+      raise UserError(f"`--ask-lengths`: {error}") from None
+  return stages
+
+
 def record_of(needle: Needle) -> dict[str, Any]:
   """The options in JSON's own types, as they are read back."""
   return json.loads(json.dumps(dataclasses.asdict(needle)))
@@ -284,12 +317,19 @@ def prepare(command: Command) -> None:
     return
   if command.resume:
     raise UserError(f"`--resume`: {str(command.out)!r} holds no experiment")
-  command.out.mkdir(parents=True, exist_ok=True)
-  write_json(record, options)
+  try:
+    command.out.mkdir(parents=True, exist_ok=True)
+    write_json(record, options)
+  except OSError as error:
+    raise UserError(
+      f"`--out` {str(command.out)!r} cannot be written: {error.strerror}; "
+      "choose another folder"
+    ) from error
 
 
 def train_and_ask(
   needle: Needle,
+  stages: list[Any],
   model_config: Any,
   folder: Any,
   *,
@@ -304,22 +344,11 @@ def train_and_ask(
   import jax
   from flax import nnx
 
-  from jaxheads.data import CopyTask, NeedleBatches, NeedleTask, Stage
+  from jaxheads.data import NeedleBatches
   from jaxheads.models import DecoderLM
   from jaxheads.training import devices, fit, signals
   from jaxheads.training.retrieval import Retrieval
 
-  stages = [Stage(CopyTask(), needle.copy_length, needle.copy_steps)]
-  stages += [
-    Stage(
-      NeedleTask(needles=needles, questions=needles, noise=needle.noise),
-      length,
-      steps,
-    )
-    for needles, length, steps in zip(
-      needle.needles, needle.lengths, needle.steps, strict=True
-    )
-  ]
   longest = max(needle.lengths)
   steps = needle.copy_steps + sum(needle.steps)
   config = TrainConfig(
