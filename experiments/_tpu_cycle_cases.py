@@ -104,7 +104,7 @@ def compile_case(case: Case, problem: Problem) -> Schedules | str:
     x = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
     try:
       aot.compile_for(case.chip, both, x, x, x, x)
-    except aot.DoesNotCompile as error:
+    except (aot.DoesNotCompile, NotImplementedError) as error:
       return str(error)
     return bundles.read_dump(pathlib.Path(folder), "head_attention|splash_mha")
 
