@@ -134,7 +134,11 @@ def compile_all(
     }
     for future in concurrent.futures.as_completed(pending):
       case = pending[future]
-      results[case] = found = future.result()
+      try:
+        results[case] = found = future.result()
+      except BaseException:
+        pool.shutdown(cancel_futures=True)
+        raise
       outcome = f": {found}" if isinstance(found, str) else ""
       console.print(f"{len(results)} of {len(listed)}: {case}{outcome}")
   return {case: results[case] for case in listed}

@@ -90,6 +90,18 @@ def test_what_surrounds_the_tiles(schedule):
   assert schedule.ends_bundles() == 2 + 2
 
 
+def test_a_core_without_work_leaves_before_the_loop(schedule):
+  early = BUNDLES.replace(
+    "0x1   :  { %s2", "0x1   :  { %s2 = sbr.rel (%p1) target = $region4 ;; %s2"
+  )
+  assert early != BUNDLES
+  found = bundles.parse("kernel.1", early, USAGE)
+  assert found.step_bundles() == schedule.step_bundles()
+  assert [each.matmuls for each in found.tiles()] == [
+    each.matmuls for each in schedule.tiles()
+  ]
+
+
 def test_other_texts_are_refused():
   with pytest.raises(ValueError, match="19 bundles and 18 rows"):
     bundles.parse("kernel.1", BUNDLES, USAGE.rstrip()[:-5])

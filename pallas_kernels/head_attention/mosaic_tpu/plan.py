@@ -174,7 +174,7 @@ def key_plan(layout: Layout) -> KeyPlan:
   run = layout.run
   if isinstance(run, TableHeads):
     return KeyPlan(_table_key_plan(layout, run), Plan((), True))
-  visits = _by_key(_visits(layout))
+  visits = _visits(layout).by_key()
   near = visits.take(~visits.is_far)
   far = visits.take(visits.is_far)
   covered = np.unique(near.kv_tile).size == layout.kv_tiles
@@ -190,15 +190,6 @@ def key_plan(layout: Layout) -> KeyPlan:
     Plan(_row_calls(layout, near, list(groups.values())), covered),
     Plan(_row_calls(layout, far, list(shards.values())), False),
   )
-
-
-def _by_key(visits: Visits) -> Visits:
-  """Key tile by key tile; queries descend.
-
-  With causal keys and windows, no query tile then comes twice in three visits
-  but for the last ones; its sum is on its way to HBM for so long.
-  """
-  return visits.take(np.lexsort((-visits.q_tile, visits.kv_tile)))
 
 
 def _row_calls(
