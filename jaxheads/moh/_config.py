@@ -29,7 +29,9 @@ class MoHConfig:
       form, where neutral routers give gates of exactly 1; "paper" is Eq. 5-6,
       neither rescaled nor renormalised.
     straight_through: Gradient of the query-norm router's binary gates: to the
-      selected heads only, or to all ("dense", which computes every head).
+      selected heads only, or to all ("dense", which computes every head). Two
+      routed heads get none: their norms, divided by their deviation, differ by
+      a constant.
     group_size: Heads are picked in whole groups of this many consecutive
       heads. With grouped queries set it to `num_heads // num_kv_heads`:
       otherwise nearly every KV head is read by some query head.
