@@ -46,7 +46,7 @@ class Needle:
   needles: tuple[int, ...] = (1, 1, 1, 1, 1)
   """Facts hidden in a prompt at each length; training asks for all of them,
   the sweep for one of as many as at the last length."""
-  steps: tuple[int, ...] = (300, 150, 150, 150, 250)
+  steps: tuple[int, ...] = (300, 150, 150, 150, 200)
   """Training steps at each length."""
   tokens_per_step: int = 4096
   """Prompt tokens of a step, over all devices."""
