@@ -118,10 +118,9 @@ def _for_triton(settings: Settings) -> Settings:
 
 def _can_interpret(params: object) -> bool:
   # The class has no public name.
-  return (
-    type(params).__name__ == "InterpretGPUParams"
-    and jax.__version_info__ >= (0, 12)
-  )
+  return type(
+    params
+  ).__name__ == "InterpretGPUParams" and jax.__version_info__ >= (0, 12)
 
 
 def _forward_run(

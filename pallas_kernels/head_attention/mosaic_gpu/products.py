@@ -31,9 +31,7 @@ class Products(Protocol):
   def scale(self, acc: Any, factor: jax.Array) -> Any:
     """`acc` with its rows multiplied."""
 
-  def add(
-    self, acc: Any, weights: jax.Array, v_ref: Any, free_ref: Any
-  ) -> Any:
+  def add(self, acc: Any, weights: jax.Array, v_ref: Any, free_ref: Any) -> Any:
     """`acc` and weights times values; tells the barrier as `logits` does."""
 
   def store(self, acc: Any, divisor: jax.Array, out_ref: Any) -> None:
