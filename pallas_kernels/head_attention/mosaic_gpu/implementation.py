@@ -1,6 +1,7 @@
 """Head attention on GPUs from Hopper on by Pallas Mosaic GPU: forward kernels.
 
-Compiled for sm_90 and sm_100, not yet run on a GPU: asked for by name only.
+Compiled for sm_90 and sm_100, right in JAX's interpreter, not yet run on a
+GPU: asked for by name only.
 Gradients are the Triton kernels'.
 """
 
@@ -117,10 +118,9 @@ def _for_triton(settings: Settings) -> Settings:
 
 
 def _can_interpret(params: object) -> bool:
-  # The class has no public name.
-  return type(
-    params
-  ).__name__ == "InterpretGPUParams" and jax.__version_info__ >= (0, 12)
+  # Public since its interpreter knows tensor memory.
+  known = getattr(plgpu, "InterpretGPUParams", None)
+  return known is not None and isinstance(params, known)
 
 
 def _forward_run(
@@ -153,6 +153,7 @@ def _forward_run(
     grid_names=("heads", "tiles", "batch"),
     num_threads=chip.groups(problem.tiling) + 1,
     thread_name="group",
+    kernel_name="head_attention_forward",
     compiler_params=plgpu.CompilerParams(approx_math=True),
     interpret=settings.interpret or None,
   )(q, k, v, jnp.asarray(run.residues, jnp.int32))

@@ -24,6 +24,10 @@ from pallas_kernels.head_attention.triton import launches
 from pallas_kernels.head_attention.triton.problem import describe
 from pallas_kernels.head_attention.triton.walks import Shards
 
+needs_interpreter = pytest.mark.skipif(
+  not hasattr(plgpu, "InterpretGPUParams"),
+  reason="JAX interprets tensor memory and layouts from 0.12 on",
+)
 RULE = Strided(local=2, stride=3, residue=1)
 
 
@@ -146,7 +150,7 @@ CHIPS = {
   "10.0": chips.BLACKWELL,
 }
 CASES = {
-  "strided": dict(),
+  "strided": dict(groups=2),
   "heads of 128": dict(H=128, groups=2),
   "heads of 256": dict(H=256, T=200, S=300),
   "blocks of 16": dict(block=16, rule=Strided(local=3, stride=4)),
@@ -158,28 +162,53 @@ CASES = {
 }
 
 
-@pytest.mark.skipif(
-  jax.__version_info__ < (0, 12),
-  reason="JAX interprets tensor memory and layouts from 0.12 on",
+# The others on request: each takes three to nine seconds.
+ALWAYS = ("strided", "heads of 256", "blocks of 16", "soft cap")
+
+
+@needs_interpreter
+@pytest.mark.parametrize(
+  "case",
+  [
+    pytest.param(name, marks=[] if name in ALWAYS else pytest.mark.exhaustive)
+    for name in CASES
+  ],
 )
-@pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("capability", CHIPS)
 def test_numbers_are_the_references(monkeypatch, capability, case):
   """Also without races: asynchronous reads and writes have their barriers."""
   # Three threads wait for each other: the eight devices of conftest.py make
   # JAX's pool large enough.
   assert jax.device_count() == 8
-  params = _interpret_params(detect_races=True)
+  params = plgpu.InterpretGPUParams(detect_races=True)
   monkeypatch.setattr(launches, "capability", lambda: capability)
   monkeypatch.setattr(chips, "find", lambda: CHIPS[capability])
   _compare(params, **CASES[case])
 
 
-def _interpret_params(**options):
-  # JAX gives it no public name.
-  from jax._src.pallas.mosaic_gpu.interpret import params
+@needs_interpreter
+@pytest.mark.slow
+def test_gradients_are_tritons(on_blackwell):
+  """The two passes agree on the output and on the log-sum-exp."""
+  keys = jax.random.split(jax.random.key(0), 3)
+  q, k, v = (
+    jax.random.normal(key, (1, 128, 1, 64), jnp.float16) for key in keys
+  )
+  pattern = HeadContexts(64, (Strided(local=1, stride=2),))
 
-  return params.InterpretGPUParams(**options)
+  def loss(name, *operands):
+    out, lse = head_attention(
+      *operands, pattern=pattern, return_lse=True, implementation=name
+    )
+    return jnp.sin(out.astype(jnp.float32)).sum() + jnp.sin(lse).sum()
+
+  grad = jax.grad(loss, argnums=(1, 2, 3))
+  wanted = grad("reference", q, k, v)
+  with platform.interpreting(plgpu.InterpretGPUParams()):
+    actual = grad("mosaic_gpu", q, k, v)
+  for one, two in zip(actual, wanted, strict=True):
+    one, two = (np.asarray(x, np.float32) for x in (one, two))
+    np.testing.assert_allclose(one, two, rtol=0, atol=4e-3 * np.abs(two).max())
 
 
 def _compare(
