@@ -253,7 +253,8 @@ TILINGS = {
     (64, 32),
     (32, 64),
   ),
-  "mosaic_gpu": ((128, 64), (128, 128)),
+  # Hopper's, then Blackwell's: the others' are not covered.
+  "mosaic_gpu": ((128, 64), (128, 128), (256, 64), (256, 128)),
 }
 
 

@@ -66,7 +66,7 @@ def head_attention(
     return_lse: Also return the log-sum-exp of the logits, sinks included.
     tiling: Tile sizes; `None` takes tuned ones.
     implementation: "reference", "xla", "mosaic_tpu" (TPU), "triton" (GPU),
-      "mosaic_gpu" (GPU from Hopper on; compiled, not yet run on one) or `None`
+      "mosaic_gpu" (Hopper and Blackwell; not yet run on one) or `None`
       for the best one.
 
   Returns:

@@ -221,13 +221,39 @@ def command_line(*flags):
   return result
 
 
-@pytest.mark.parametrize("head_size", [64, 128, 256])
-def test_mosaic_gpu_compiles_for_hopper(head_size):
+# Head size, query heads a KV head, dtype, stride (1 is dense), direction; the
+# first three always, the others on request.
+MOSAIC_GPU = (
+  (64, 8, "bfloat16", 16, "forward"),
+  (128, 4, "float16", 1, "forward"),
+  (256, 1, "bfloat16", 16, "forward"),
+  (64, 1, "float16", 1, "forward"),
+  (128, 1, "bfloat16", 1, "forward"),
+  (128, 8, "bfloat16", 16, "both"),
+  (256, 4, "float16", 0, "both"),
+)
+
+
+def mosaic_gpu_grid():
+  for chip in ("sm_90", "sm_100"):
+    for number, case in enumerate(MOSAIC_GPU):
+      marks = [pytest.mark.exhaustive] if number > 2 else []
+      name = "-".join(map(str, (chip, *case)))
+      yield pytest.param(chip, *case, marks=marks, id=name)
+
+
+@pytest.mark.parametrize(
+  ("chip", "head_size", "groups", "dtype", "stride", "direction"),
+  list(mosaic_gpu_grid()),
+)
+def test_mosaic_gpu_compiles(chip, head_size, groups, dtype, stride, direction):
   # A process of its own: Mosaic GPU keeps one chip's kernels a process.
   result = command_line(
-    *("--chip", "sm_90", "--implementation", "mosaic_gpu"),
-    *("--seq-len", 32 * K, "--heads", 8, "--kv-heads", 2),
-    *("--head-dim", head_size),
+    *("--chip", chip, "--implementation", "mosaic_gpu"),
+    *("--seq-len", 32 * K, "--heads", KV_HEADS * groups),
+    *("--kv-heads", KV_HEADS, "--head-dim", head_size),
+    *("--dtype", dtype, "--local", 8, "--stride", stride),
+    *(["--backward"] if direction == "both" else []),
   )
   assert result.returncode == 0, result.stdout + result.stderr
   assert re.search(r"^implementation +mosaic_gpu$", result.stdout, re.M)

@@ -99,6 +99,9 @@ def shared_bytes(
   else:
     resident, streamed = block_q, block_kv
   kept = row_bytes // 2 if kind == "forward" else row_bytes
+  if kind == "dkv" and (capability() or "").startswith("10."):
+    # Compiled for sm_100, the kernel holds its keys and values twice.
+    kept *= 2
   return stages * streamed * row_bytes + resident * kept
 
 

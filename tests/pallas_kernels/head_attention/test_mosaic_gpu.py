@@ -1,23 +1,33 @@
-"""The Mosaic-GPU kernel without a GPU: what it fetches, what it refuses.
+"""The Mosaic GPU kernel without a GPU: what it fetches, what it refuses.
 
-Its numbers are for `experiments/check_gpu.py`, on a GPU from Hopper on.
+JAX from 0.12 on interprets it, with barriers, asynchronous copies and tensor
+memory; what the hardware makes of it, `experiments/check_gpu.py` tells.
 """
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import platform
 from pallas_kernels.head_attention import mosaic_gpu
 from pallas_kernels.head_attention.api import head_attention
 from pallas_kernels.head_attention.contexts import HeadContexts, Strided
+from pallas_kernels.head_attention.mosaic_gpu import chips
+from pallas_kernels.head_attention.mosaic_gpu.hopper import HopperProducts
 from pallas_kernels.head_attention.operands import Operands, Settings
 from pallas_kernels.head_attention.tiling import Tiling
 from pallas_kernels.head_attention.triton import launches
 from pallas_kernels.head_attention.triton.problem import describe
 from pallas_kernels.head_attention.triton.walks import Shards
 
+needs_interpreter = pytest.mark.skipif(
+  not hasattr(plgpu, "InterpretGPUParams"),
+  reason="JAX interprets tensor memory and layouts from 0.12 on",
+)
 RULE = Strided(local=2, stride=3, residue=1)
 
 
@@ -39,9 +49,16 @@ def _settings(rule=RULE, block=64, **changes):
   return Settings(**{**values, **changes})
 
 
+@pytest.fixture
+def on_blackwell(monkeypatch):
+  monkeypatch.setattr(launches, "capability", lambda: "10.0")
+
+
+@pytest.mark.parametrize("capability", ["9.0", "10.0", "10.3"])
 @pytest.mark.parametrize("H", [64, 128, 256])
 @pytest.mark.parametrize("block", [16, 64, 256])
-def test_covers_strided_heads(H, block):
+def test_covers_strided_heads(monkeypatch, capability, H, block):
+  monkeypatch.setattr(launches, "capability", lambda: capability)
   operands = _operands(T=1000, S=1000, H=H)
   assert mosaic_gpu.refusal(_settings(block=block), operands) is None
 
@@ -77,12 +94,156 @@ def test_says_why_it_refuses(settings, operands, message):
     raise AssertionError(reason)
 
 
-@pytest.mark.parametrize("capability", ["8.0", "10.0"])
-def test_refuses_chips_that_are_not_hopper(monkeypatch, capability):
+@pytest.mark.parametrize(
+  ("settings", "operands", "message"),
+  [
+    (_settings(), _operands(T=100), "128 queries.*got 100"),
+    (
+      _settings(tiling=Tiling(block_q=128, block_kv=64)),
+      _operands(),
+      "256 queries.*got 128 x 64",
+    ),
+    (
+      _settings(tiling=Tiling(block_q=256, block_kv=128)),
+      _operands(H=128),
+      r"640 columns of tensor memory, of 512.*block_kv=64\)` fits",
+    ),
+  ],
+)
+def test_says_why_it_refuses_on_blackwell(
+  on_blackwell, settings, operands, message
+):
+  reason = mosaic_gpu.refusal(settings, operands)
+  assert reason is not None
+  with pytest.raises(AssertionError, match=message):
+    raise AssertionError(reason)
+
+
+# 12 is Blackwell by name, for desks, without tensor memory.
+@pytest.mark.parametrize("capability", ["8.0", "12.0"])
+def test_refuses_other_chips(monkeypatch, capability):
   monkeypatch.setattr(launches, "capability", lambda: capability)
   reason = mosaic_gpu.refusal(_settings(), _operands())
   assert reason is not None
   assert "wgmma" in reason
+  assert capability in reason
+
+
+@dataclasses.dataclass(frozen=True)
+class HalfInterpreted(HopperProducts):
+  """The interpreter's wgmma wants both operands in shared memory.
+
+  Weights times values is an ordinary product here; the rest of the kernel is
+  Hopper's own.
+  """
+
+  def add(self, acc, weights, v_ref, free_ref):
+    acc += jnp.dot(weights, v_ref[...], preferred_element_type=jnp.float32)
+    # Read by the threads, not by tensor cores: copies must wait for that.
+    plgpu.commit_smem()
+    plgpu.barrier_arrive(free_ref)
+    return acc
+
+
+CHIPS = {
+  "9.0": dataclasses.replace(chips.HOPPER, products=HalfInterpreted),
+  "10.0": chips.BLACKWELL,
+}
+CASES = {
+  "strided": dict(groups=2),
+  "heads of 128": dict(H=128, groups=2),
+  "heads of 256": dict(H=256, T=200, S=300),
+  "blocks of 16": dict(block=16, rule=Strided(local=3, stride=4)),
+  "blocks of 256": dict(block=256, T=128, S=700),
+  "soft cap": dict(logits_soft_cap=2.0, dtype="float16"),
+  "dense": dict(rule=Strided(local=1, stride=1), H=128),
+  "window": dict(rule=Strided(local=2), T=520, S=520),
+  "two runs": dict(groups=2, more=(Strided(local=1, stride=2),)),
+}
+
+
+# The others on request: each takes three to nine seconds.
+ALWAYS = ("strided", "heads of 256", "blocks of 16", "soft cap")
+
+
+@needs_interpreter
+@pytest.mark.parametrize(
+  "case",
+  [
+    pytest.param(name, marks=[] if name in ALWAYS else pytest.mark.exhaustive)
+    for name in CASES
+  ],
+)
+@pytest.mark.parametrize("capability", CHIPS)
+def test_numbers_are_the_references(monkeypatch, capability, case):
+  """Also without races: asynchronous reads and writes have their barriers."""
+  # Three threads wait for each other: the eight devices of conftest.py make
+  # JAX's pool large enough.
+  assert jax.device_count() == 8
+  params = plgpu.InterpretGPUParams(detect_races=True)
+  monkeypatch.setattr(launches, "capability", lambda: capability)
+  monkeypatch.setattr(chips, "find", lambda: CHIPS[capability])
+  _compare(params, **CASES[case])
+
+
+@needs_interpreter
+@pytest.mark.slow
+def test_gradients_are_tritons(on_blackwell):
+  """The two passes agree on the output and on the log-sum-exp."""
+  keys = jax.random.split(jax.random.key(0), 3)
+  q, k, v = (
+    jax.random.normal(key, (1, 128, 1, 64), jnp.float16) for key in keys
+  )
+  pattern = HeadContexts(64, (Strided(local=1, stride=2),))
+
+  def loss(name, *operands):
+    out, lse = head_attention(
+      *operands, pattern=pattern, return_lse=True, implementation=name
+    )
+    return jnp.sin(out.astype(jnp.float32)).sum() + jnp.sin(lse).sum()
+
+  grad = jax.grad(loss, argnums=(1, 2, 3))
+  wanted = grad("reference", q, k, v)
+  with platform.interpreting(plgpu.InterpretGPUParams()):
+    actual = grad("mosaic_gpu", q, k, v)
+  for one, two in zip(actual, wanted, strict=True):
+    one, two = (np.asarray(x, np.float32) for x in (one, two))
+    np.testing.assert_allclose(one, two, rtol=0, atol=4e-3 * np.abs(two).max())
+
+
+def _compare(
+  params,
+  rule=RULE,
+  T=256,
+  S=256,
+  H=64,
+  groups=1,
+  block=64,
+  dtype="bfloat16",
+  more=(),
+  **options,
+):
+  residues = [head % max(1, rule.stride) for head in range(1, groups + 1)]
+  rules = [dataclasses.replace(rule, residue=residue) for residue in residues]
+  rules += more
+  keys = jax.random.split(jax.random.key(0), 3)
+  q = jax.random.normal(keys[0], (1, T, len(rules), H), jnp.dtype(dtype))
+  k, v = (
+    jax.random.normal(key, (1, S, 1, H), jnp.dtype(dtype)) for key in keys[1:]
+  )
+  options |= dict(pattern=HeadContexts(block, tuple(rules)))
+  attend = lambda name: head_attention(
+    q, k, v, return_lse=True, implementation=name, **options
+  )
+  wanted, wanted_lse = attend("reference")
+  with platform.interpreting(params):
+    out, lse = attend("mosaic_gpu")
+  eps = float(jnp.finfo(dtype).eps)
+  limit = 2 * eps * float(jnp.abs(wanted).max())
+  np.testing.assert_allclose(
+    np.asarray(out, np.float32), np.asarray(wanted, np.float32), 0, limit
+  )
+  np.testing.assert_allclose(lse, wanted_lse, rtol=0, atol=1e-5)
 
 
 def test_is_never_the_default_and_needs_a_gpu():
