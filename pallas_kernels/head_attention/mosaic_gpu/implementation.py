@@ -1,7 +1,8 @@
 """Head attention on GPUs from Hopper on by Pallas Mosaic GPU: forward kernels.
 
-Compiled for sm_90 and sm_100, right in JAX's interpreter, not yet run on a
-GPU: asked for by name only.
+Compiled for sm_90 and sm_100, right in JAX's interpreter (which lacks wgmma
+from registers, one of Hopper's two products), not yet run on a GPU: asked for
+by name only.
 Gradients are the Triton kernels'.
 """
 
