@@ -71,8 +71,10 @@ def test_metrics_of_every_step(finished):
   assert steps == [1, 2, 3, 4, 5, 6]
   validated = [r["step"] for r in records if "validation_loss" in r]
   assert validated == [3, 6]
-  # Untrained: near the entropy of 257 equal choices; then it falls.
-  np.testing.assert_allclose(records[0]["loss"], np.log(257), rtol=0.05)
+  # Untrained: 257 choices whose logits are normal, of the deviation 0.88 that a
+  # truncated normal keeps; then it falls.
+  untrained = np.log(257) + 0.88**2 / 2
+  np.testing.assert_allclose(records[0]["loss"], untrained, rtol=0.05)
   assert summary["validation_loss"] < records[0]["loss"]
   # One byte a token; only document ends carry nats and no byte.
   ratio = summary["validation_bits_per_byte"] * np.log(2)
