@@ -44,8 +44,9 @@ class Needle:
   lengths: tuple[int, ...] = (64, 128, 256, 512, 1024)
   """Prompt lengths in tokens, in the order of the training."""
   needles: tuple[int, ...] = (1, 1, 1, 1, 1)
-  """Facts hidden in a prompt at each length; training asks for all of them,
-  the sweep for one of as many as at the last length."""
+  """Facts hidden in a prompt at each length, at most: prompts take turns with
+  fewer of them and fewer questions. The sweep hides as many as at the last
+  length and asks for one."""
   steps: tuple[int, ...] = (300, 150, 150, 150, 200)
   """Training steps at each length."""
   tokens_per_step: int = 4096
