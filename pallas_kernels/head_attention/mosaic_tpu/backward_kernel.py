@@ -18,8 +18,6 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.head_attention.mosaic_tpu import specs
 from pallas_kernels.head_attention.mosaic_tpu.items import (
-  EDGE,
-  FAR,
   FIRST,
   LAST,
   Call,
@@ -37,9 +35,8 @@ from pallas_kernels.head_attention.mosaic_tpu.tile import (
   Overlap,
   Tile,
   TileContext,
-  chunk_by_chunk,
-  load_tile,
   matmul,
+  visit_tile,
 )
 
 
@@ -98,32 +95,25 @@ def _kernel(
 
   context = TileContext(layout, scale, soft_cap, tables, inputs, item, step)
 
-  def add_tile(kind: int) -> None:
-    tile = load_tile(inputs, kind)
+  def add(
+    tile: Tile, chunk: Chunk, weights: tuple[jax.Array, jax.Array]
+  ) -> None:
+    p, ds = weights
+    # This order takes the fewest bundles where one chunk is all of the tile.
+    dq_sums.add(at, pl.ds(chunk.start, chunk.size), matmul(tile.k, ds, (0, 0)))
+    d_out = context.rows(inputs.queries.d_out, chunk)
+    dv_acc_ref[...] += matmul(p, d_out, (1, 0))
+    q = context.rows(inputs.queries.q, chunk)
+    dk_acc_ref[...] += matmul(ds, q, (1, 0))
 
-    def add(chunk: Chunk, weights: tuple[jax.Array, jax.Array]) -> None:
-      p, ds = weights
-      # This order takes the fewest bundles where one chunk is all of the tile.
-      dq_sums.add(
-        at, pl.ds(chunk.start, chunk.size), matmul(tile.k, ds, (0, 0))
-      )
-      d_out = context.rows(inputs.queries.d_out, chunk)
-      dv_acc_ref[...] += matmul(p, d_out, (1, 0))
-      q = context.rows(inputs.queries.q, chunk)
-      dk_acc_ref[...] += matmul(ds, q, (1, 0))
-
-    chunk_by_chunk(
-      layout.tiling.block_q,
-      overlap,
-      functools.partial(_products, context, tile, kind),
-      functools.partial(_weigh, context),
-      add,
-    )
-
-  for kind in call.kinds:
-    pl.when((step.flags & (FAR | EDGE)) == kind)(
-      functools.partial(add_tile, kind)
-    )
+  visit_tile(
+    context,
+    call,
+    overlap,
+    functools.partial(_products, context),
+    functools.partial(_weigh, context),
+    add,
+  )
   dq_sums.end(at)
 
   @pl.when(((step.flags & LAST) != 0) & (member == call.members - 1))

@@ -10,8 +10,6 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.head_attention.mosaic_tpu import specs
 from pallas_kernels.head_attention.mosaic_tpu.items import (
-  EDGE,
-  FAR,
   FIRST,
   LAST,
   Call,
@@ -24,11 +22,11 @@ from pallas_kernels.head_attention.mosaic_tpu.tile import (
   LOWEST,
   Logits,
   Overlap,
+  Tile,
   TileContext,
-  chunk_by_chunk,
   cut,
-  load_tile,
   matmul,
+  visit_tile,
 )
 
 
@@ -81,26 +79,15 @@ def _kernel(
     l_ref[:, at] = l_ref[:, at] * shrink + total
     return p.astype(out_ref.dtype), shrink
 
-  def add_tile(kind: int) -> None:
-    tile = load_tile(inputs, kind)
+  def add(
+    tile: Tile, chunk: Chunk, weights: tuple[jax.Array, jax.Array]
+  ) -> None:
+    p, shrink = weights
+    at = pl.ds(chunk.start, chunk.size)
+    acc_ref[:, at] = acc_ref[:, at] * shrink + matmul(tile.v, p, (0, 0))
 
-    def add(chunk: Chunk, weights: tuple[jax.Array, jax.Array]) -> None:
-      p, shrink = weights
-      at = pl.ds(chunk.start, chunk.size)
-      acc_ref[:, at] = acc_ref[:, at] * shrink + matmul(tile.v, p, (0, 0))
-
-    chunk_by_chunk(
-      layout.tiling.block_q,
-      overlap,
-      functools.partial(context.logits, tile, kind, pieces=overlap.pieces),
-      weigh,
-      add,
-    )
-
-  for kind in call.kinds:
-    pl.when((step.flags & (FAR | EDGE)) == kind)(
-      functools.partial(add_tile, kind)
-    )
+  multiply = functools.partial(context.logits, pieces=overlap.pieces)
+  visit_tile(context, call, overlap, multiply, weigh, add)
 
   @pl.when((step.flags & LAST) != 0)
   def finish() -> None:

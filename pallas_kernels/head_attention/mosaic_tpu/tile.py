@@ -4,6 +4,7 @@ Keys go down and queries across: the running maximum and sum are rows along
 the lanes, and their reductions run over the cheap axis.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
@@ -11,8 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.experimental import pallas as pl
 
-from pallas_kernels.head_attention.mosaic_tpu.items import FAR, Step
+from pallas_kernels.head_attention.mosaic_tpu.items import EDGE, FAR, Call, Step
 from pallas_kernels.head_attention.mosaic_tpu.masks import (
   Chunk,
   same_segment,
@@ -195,3 +197,37 @@ class TileContext(NamedTuple):
     if mask is not None:
       values = jnp.where(mask, values, -jnp.inf)
     return Logits(values, slope, mask)
+
+
+def visit_tile(
+  context: TileContext,
+  call: Call,
+  overlap: Overlap,
+  multiply: Callable[[Tile, int, Chunk], P],
+  weigh: Callable[[Chunk, P], W],
+  add: Callable[[Tile, Chunk, W], None],
+) -> None:
+  """The work on the tile of a grid step, in the code of its kind.
+
+  Args:
+    context: Of the step.
+    call: What runs.
+    overlap: How the query tile is cut.
+    multiply, weigh, add: The work on a chunk, in this order; see
+      `chunk_by_chunk`.
+  """
+
+  def run(kind: int) -> None:
+    tile = load_tile(context.inputs, kind)
+    chunk_by_chunk(
+      context.layout.tiling.block_q,
+      overlap,
+      functools.partial(multiply, tile, kind),
+      weigh,
+      functools.partial(add, tile),
+    )
+
+  for kind in call.kinds:
+    pl.when((context.step.flags & (FAR | EDGE)) == kind)(
+      functools.partial(run, kind)
+    )
