@@ -391,6 +391,8 @@ def draw(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
         axes.plot(*zip(*points, strict=True), style, label=name, markersize=4)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
+    lengths = sorted({row["length"] for row in rows})
+    axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
     axes.set_xlabel("tokens")
     axes.set_ylabel("median, ms")
     axes.set_title(direction)

@@ -50,7 +50,7 @@ def forward(
   if dense.fits(settings, operands):
     return dense.forward(settings, operands)
   results = [
-    _Heads(settings, operands, run).forward()
+    _Heads(settings, operands, run, backward=False).forward()
     for run in runs(settings.pattern, operands.k.shape[2])
   ]
   out = jnp.concatenate([out for out, _ in results], axis=2)
@@ -91,7 +91,7 @@ def backward(
   dk = jnp.zeros(k.shape, jnp.float32)
   dv = jnp.zeros(v.shape, jnp.float32)
   for run in runs(settings.pattern, k.shape[2]):
-    heads = _Heads(settings, operands, run)
+    heads = _Heads(settings, operands, run, backward=True)
     dq, run_dk, run_dv = heads.backward(lse, delta, d_out)
     all_dq.append(dq)
     dk = dk.at[:, :, run.kv_start : run.kv_stop].add(run_dk)
@@ -108,11 +108,15 @@ def _is_empty(operands: Operands) -> bool:
 class _Heads:
   """One run of heads, and the loops over its chunks and query tiles."""
 
-  def __init__(self, settings: Settings, operands: Operands, run: Run) -> None:
+  def __init__(
+    self, settings: Settings, operands: Operands, run: Run, *, backward: bool
+  ) -> None:
     self.settings = settings
     self.operands = operands
     self.run = run
-    self.layout, self.shape = tiling.plan(settings, operands, run)
+    self.layout, self.shape = tiling.plan(
+      settings, operands, run, backward=backward
+    )
     heads = slice(run.heads.start, run.heads.stop)
     kv_heads = slice(run.kv_start, run.kv_stop)
     self._heads = heads

@@ -16,11 +16,14 @@ _WIDEST = 1024
 _FAR_AWAY = 2**30
 
 
-def default(settings: Settings, operands: Operands, run: Run) -> Tiling:
+def default(
+  settings: Settings, operands: Operands, run: Run, *, backward: bool
+) -> Tiling:
   """Tile sizes for a run of heads.
 
   Large tiles are cheaper by the pair; a small query tile computes less in
-  vain around its window.
+  vain around its window. Backward also adds to the keys' sums at every visit:
+  from 4,096 keys on, fewer and larger visits are cheaper.
   """
   heads, block = run.heads, settings.pattern.block_size
   block_q = 128
@@ -34,16 +37,20 @@ def default(settings: Settings, operands: Operands, run: Run) -> Tiling:
       block_q = 512
     elif shard >= 4 * window:
       block_q = 256
+    if backward and heads.stride and operands.k.shape[1] >= 4096:
+      block_q = max(block_q, 512 if operands.k.shape[1] >= 8192 else 256)
   while block_q > 64 and block_q * run.fold > 512:
     block_q //= 2
   return Tiling(block_q=block_q, block_kv=512)
 
 
 def plan(
-  settings: Settings, operands: Operands, run: Run
+  settings: Settings, operands: Operands, run: Run, *, backward: bool
 ) -> tuple[Layout, strided.Shape | table.Shape]:
   """Static sizes of the loops over a run of heads."""
-  tiling = settings.tiling or default(settings, operands, run)
+  tiling = settings.tiling or default(
+    settings, operands, run, backward=backward
+  )
   batch, length = operands.q.shape[:2]
   kv_length = operands.k.shape[1]
   block, heads = settings.pattern.block_size, run.heads
