@@ -47,8 +47,9 @@ class Needle:
   """Facts hidden in a prompt at each length, at most: prompts take turns with
   fewer of them and fewer questions. The sweep hides as many as at the last
   length and asks for one."""
-  steps: tuple[int, ...] = (300, 150, 150, 150, 200)
-  """Training steps at each length."""
+  steps: tuple[int, ...] = (400, 200, 200, 200, 300)
+  """Training steps at each length, of which every third goes back to a shorter
+  one."""
   tokens_per_step: int = 4096
   """Prompt tokens of a step, over all devices."""
   noise: Literal["random", "cycle"] = "random"

@@ -12,6 +12,8 @@ from jaxheads.errors import UserError
 from ._loader import Batch
 from ._needle import CopyTask, NeedleExample, NeedleTask
 
+_REVIEW_EVERY = 3
+
 
 def needle_batch(examples: Sequence[NeedleExample]) -> Batch:
   """Examples of one length as "tokens", "targets" and "mask" [B, T].
@@ -57,8 +59,9 @@ class Stage:
 class NeedleBatches(Iterator[Batch]):
   """Batches of one stage after the other, all of about as many tokens.
 
-  Example i of the run is the same whatever the number of processes. The last
-  stage never ends.
+  Every third batch goes back to one of the stages before, by turns: what was
+  learnt at short prompts would fade at long ones. Example i of the run is the
+  same whatever the number of processes. The last stage never ends.
 
   Args:
     stages: In this order.
@@ -93,7 +96,8 @@ class NeedleBatches(Iterator[Batch]):
     self._step = 0
 
   def __next__(self) -> Batch:
-    stage, rows = self._at(self._step)
+    number = self._drawn_at(self._step)
+    stage, rows = self._stages[number], self._rows[number]
     index, count = self._share
     mine = range(index * rows // count, (index + 1) * rows // count)
     # Numbers that no two examples of the run share.
@@ -127,15 +131,23 @@ class NeedleBatches(Iterator[Batch]):
     """Nothing runs in the background."""
 
   def stage_at(self, step: int) -> Stage:
-    """The stage that the batch after `step` batches belongs to."""
-    return self._at(step)[0]
+    """The stage that training is in after `step` batches."""
+    return self._stages[self._reached_at(step)[0]]
 
-  def _at(self, step: int) -> tuple[Stage, int]:
-    for stage, rows in zip(self._stages, self._rows, strict=True):
+  def _reached_at(self, step: int) -> tuple[int, int]:
+    """Number of the stage, and the batches since it began."""
+    for number, stage in enumerate(self._stages[:-1]):
       if step < stage.steps:
-        return stage, rows
+        return number, step
       step -= stage.steps
-    return self._stages[-1], self._rows[-1]
+    return len(self._stages) - 1, step
+
+  def _drawn_at(self, step: int) -> int:
+    """Number of the stage that the batch after `step` batches is of."""
+    number, since = self._reached_at(step)
+    if number and since % _REVIEW_EVERY == _REVIEW_EVERY - 1:
+      return since // _REVIEW_EVERY % number
+    return number
 
   def _draw(self, stage: Stage, index: int) -> NeedleExample:
     return stage.task.at_turn(index).draw(

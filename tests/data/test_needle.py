@@ -178,11 +178,24 @@ def batches(**changes):
 
 def test_stages_follow_each_other_with_equal_tokens():
   shapes = [batch["tokens"].shape for batch in itertools.islice(batches(), 5)]
-  assert shapes == [(8, 64)] * 2 + [(4, 124)] * 3
+  short, long = (8, 64), (4, 124)
+  assert shapes == [short, short, long, long, short]
   stages = [batches().stage_at(step) for step in range(5)]
   assert stages == [STAGES[0]] * 2 + [STAGES[1]] * 3
   rows = next(batches(tokens_per_step=300, row_multiple=4))["tokens"]
   assert rows.shape == (4, 64)
+
+
+def test_every_third_batch_goes_back_to_a_stage_before():
+  stages = [Stage(TASKS["one"], length, 6) for length in (20, 30, 40)]
+  running = NeedleBatches(stages, tokens_per_step=40, seed=0)
+  lengths = [
+    batch["tokens"].shape[1] + 1 - ANSWER_TOKENS
+    for batch in itertools.islice(running, 24)
+  ]
+  assert lengths == [20] * 6 + [30, 30, 20] * 2 + [40, 40, 20, 40, 40, 30] * 2
+  assert running.stage_at(8) == stages[1]
+  assert running.stage_at(99) == stages[2]
 
 
 def test_no_example_comes_twice():
