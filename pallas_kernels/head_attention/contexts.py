@@ -182,6 +182,12 @@ class HeadContexts:
     """Every rule once, in the order of the heads."""
     return tuple(dict.fromkeys(self.rules))
 
+  def with_causality(self, is_causal: bool) -> "HeadContexts":
+    """This, causal also if the caller says so."""
+    if is_causal and not self.is_causal:
+      return dataclasses.replace(self, is_causal=True)
+    return self
+
   def check_lengths(self, q_end: int, kv_length: int) -> None:
     """Raises if a rule does not reach that far.
 

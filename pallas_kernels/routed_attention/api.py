@@ -1,21 +1,29 @@
 """Public door of routed attention."""
 
 import dataclasses
-from typing import Any
+import functools
+import importlib
+from typing import Any, cast
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels import _dispatch
+from pallas_kernels import _dispatch, platform
+from pallas_kernels.head_attention.contexts import HeadContexts
 from pallas_kernels.packing import Packing
-from pallas_kernels.routed_attention import reference, xla
+from pallas_kernels.routed_attention import reference
+from pallas_kernels.routed_attention.operands import (
+  Implementation,
+  Operands,
+  Settings,
+)
 from pallas_kernels.routed_attention.tiling import Tiling, default_tiling
 from pallas_kernels.shapes import check_shape
 
-_IMPLEMENTATIONS = {
-  "reference": reference.routed_attention,
-  "xla": xla.routed_attention,
-}
+# From best to the one that covers everything.
+_ORDER = ("mosaic_tpu", "xla")
+_NAMED = (*_ORDER, "reference")
 
 
 def routed_attention(
@@ -24,6 +32,7 @@ def routed_attention(
   v: Float[Array, "B S K H"],
   packing: Packing,
   *,
+  pattern: HeadContexts | None = None,
   scale: float | None = None,
   is_causal: bool = False,
   q_offset: Int[Array, ""] | int = 0,
@@ -47,23 +56,29 @@ def routed_attention(
     q: Packed queries (after RoPE), in the order of `packing`.
     k, v: Keys (after RoPE) and values of all tokens.
     packing: Which row is which (token, head); see `pallas_kernels.packing`.
+    pattern: What each of the N heads sees, as in `head_attention`; static.
+      What a head does not see costs nothing. `None` is all keys.
     scale: Multiplies the logits; `None` means H ** -0.5.
     is_causal: Token t sees keys s <= t + `q_offset`. Key tiles after the
-      last visible one of a block are not computed.
-    q_offset: Index, among the keys, of the first query token.
+      last visible one of a block are not computed. With a `pattern`, the
+      pattern says so.
+    q_offset: Index, among the keys, of the first query token. A query before
+      the first key sees nothing.
     mask: True where a query may attend.
     q_segment_ids, kv_segment_ids: Queries see keys of their own segment.
     tiling: Tile sizes; `tiling.block_q` must equal `packing.block_rows`.
       `None` chooses.
-    implementation: "reference", "xla" or `None` for the best.
+    implementation: "reference", "xla", "mosaic_tpu" (TPU) or `None` for the
+      best one.
 
   Returns:
     Rows in q's dtype; softmax and sums are float32. Rows without a visible
     key, and unused rows, are 0.
 
   Raises:
-    ValueError: Shapes disagree, N is not a multiple of K, or no such
-      implementation.
+    ValueError: Shapes disagree, N is not a multiple of K, the pattern is for
+      other heads, or no such implementation.
+    NotImplementedError: The named implementation does not cover these inputs.
   """
   batch, length, heads = packing.row_of.shape
   sizes = {"B": batch, "T": length, "N": heads, "rows": packing.num_rows}
@@ -86,14 +101,89 @@ def routed_attention(
       f"`tiling.block_q` must equal `packing.block_rows` "
       f"({packing.block_rows}), got {tiling.block_q}."
     )
-  options: dict[str, Any] = {
-    "scale": k.shape[-1] ** -0.5 if scale is None else scale,
-    "is_causal": is_causal,
-    "q_offset": jnp.asarray(q_offset, jnp.int32),
-    "mask": mask,
-    "q_segment_ids": q_segment_ids,
-    "kv_segment_ids": kv_segment_ids,
-    "tiling": tiling,
-  }
-  run = _dispatch.select(_IMPLEMENTATIONS, implementation, default="xla")
-  return run(q, k, v, packing, **options)
+  static = None if isinstance(q_offset, jax.Array) else int(q_offset)
+  if pattern is not None:
+    _check_pattern(pattern, heads, (static or 0) + length, k.shape[1])
+    pattern = pattern.with_causality(is_causal)
+  settings = Settings(
+    pattern=pattern,
+    is_causal=is_causal,
+    scale=k.shape[-1] ** -0.5 if scale is None else float(scale),
+    tiling=tiling,
+    interpret=platform.interpret(),
+  )
+  operands = Operands(
+    q,
+    k,
+    v,
+    packing,
+    jnp.asarray(q_offset, jnp.int32),
+    mask,
+    q_segment_ids,
+    kv_segment_ids,
+  )
+  name = _choose(implementation, settings, operands)
+  if name == "reference":
+    return reference.attention(settings, operands)
+  return _attend(name, settings, operands)
+
+
+def _check_pattern(
+  pattern: HeadContexts, heads: int, q_end: int, kv_length: int
+) -> None:
+  if pattern.num_heads != heads:
+    raise ValueError(
+      f"`pattern` is for {pattern.num_heads} query heads, `packing` has "
+      f"{heads}. Make the pattern for this number of heads."
+    )
+  pattern.check_lengths(q_end, kv_length)
+
+
+def _choose(name: str | None, settings: Settings, operands: Operands) -> str:
+  if name is not None:
+    _dispatch.check_name(name, _NAMED)
+
+  def refusal(candidate: str) -> str | None:
+    if candidate == "reference":
+      return None
+    return _module(candidate).refusal(settings, operands)
+
+  order = _NAMED if name == "reference" else _ORDER
+  return _dispatch.first_that_fits(order, name, refusal)
+
+
+def _module(name: str) -> Implementation:
+  # Imported when used: not every installation has every backend of Pallas.
+  return cast(
+    Implementation,
+    importlib.import_module(f"pallas_kernels.routed_attention.{name}"),
+  )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attend(
+  name: str, settings: Settings, operands: Operands
+) -> Float[Array, "rows H"]:
+  return _module(name).forward(settings, operands)[0]
+
+
+def _attend_fwd(
+  name: str, settings: Settings, operands: Operands
+) -> tuple[Array, tuple[Operands, Array, Array]]:
+  out, lse = _module(name).forward(settings, operands)
+  return out, (operands, out, lse)
+
+
+def _attend_bwd(
+  name: str,
+  settings: Settings,
+  residuals: tuple[Operands, Array, Array],
+  d_out: Array,
+) -> tuple[Operands]:
+  operands, out, lse = residuals
+  dq, dk, dv = _module(name).backward(settings, operands, out, lse, d_out)
+  nothing: Any = None  # Integers have no gradients.
+  return (Operands(dq, dk, dv, *[nothing] * 5),)
+
+
+_attend.defvjp(_attend_fwd, _attend_bwd)

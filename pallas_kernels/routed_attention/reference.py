@@ -1,46 +1,39 @@
 """Routed attention by the definition: the oracle of the fast paths."""
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float
 
-from pallas_kernels.packing import Packing
-from pallas_kernels.routed_attention.tiling import Tiling
+from pallas_kernels.head_attention.reference import visible
+from pallas_kernels.routed_attention.operands import Operands, Settings
 
 
-def routed_attention(
-  q: Float[Array, "rows H"],
-  k: Float[Array, "B S K H"],
-  v: Float[Array, "B S K H"],
-  packing: Packing,
-  *,
-  scale: float,
-  is_causal: bool,
-  q_offset: Int[Array, ""],
-  mask: Bool[Array, "#B #N #T S"] | None,
-  q_segment_ids: Int[Array, "B T"] | None,
-  kv_segment_ids: Int[Array, "B S"] | None,
-  tiling: Tiling,
-) -> Float[Array, "rows H"]:
+def attention(settings: Settings, operands: Operands) -> Float[Array, "rows H"]:
   """Every row against every key, in float32; takes rows x S x H memory."""
-  del tiling  # Nothing is tiled.
+  q, k, v, packing, q_offset, mask, q_segment_ids, kv_segment_ids = operands
   _, length, heads = packing.row_of.shape
   batch, head = packing.row_batch, packing.row_head
   kv_head = head // (heads // k.shape[2])
   token = jnp.clip(packing.row_position, 0, length - 1)
   row_k = k[batch, :, kv_head].astype(jnp.float32)
   row_v = v[batch, :, kv_head].astype(jnp.float32)
-  logits = scale * jnp.einsum("rh,rsh->rs", q.astype(jnp.float32), row_k)
-  visible = jnp.broadcast_to(packing.row_valid[:, None], logits.shape)
-  if is_causal:
-    visible &= jnp.arange(k.shape[1]) <= (token + q_offset)[:, None]
+  logits = settings.scale * jnp.einsum(
+    "rh,rsh->rs", q.astype(jnp.float32), row_k
+  )
+  seen = jnp.broadcast_to(packing.row_valid[:, None], logits.shape)
+  positions = jnp.arange(length) + q_offset
+  if settings.pattern is not None:
+    seen &= visible(settings.pattern, positions, k.shape[1])[head, token]
+    seen &= (positions >= 0)[token][:, None]
+  elif settings.is_causal:
+    seen &= jnp.arange(k.shape[1]) <= positions[token][:, None]
   if mask is not None:
     full = jnp.broadcast_to(mask, (k.shape[0], heads, length, k.shape[1]))
-    visible &= full[batch, head, token]
+    seen &= full[batch, head, token]
   if q_segment_ids is not None and kv_segment_ids is not None:
-    visible &= q_segment_ids[batch, token][:, None] == kv_segment_ids[batch]
-  logits = jnp.where(visible, logits, -jnp.inf)
+    seen &= q_segment_ids[batch, token][:, None] == kv_segment_ids[batch]
+  logits = jnp.where(seen, logits, -jnp.inf)
   peak = jnp.max(logits, axis=-1, keepdims=True, initial=-1e30)
-  weights = jnp.where(visible, jnp.exp(logits - peak), 0.0)
+  weights = jnp.where(seen, jnp.exp(logits - peak), 0.0)
   total = weights.sum(-1, keepdims=True)
   weights /= jnp.where(total > 0, total, 1.0)
   return jnp.einsum("rs,rsh->rh", weights, row_v).astype(q.dtype)

@@ -1,0 +1,83 @@
+"""Which key tiles a block of packed queries visits, from its positions.
+
+As `head_attention.schedule`, but for queries whose positions are known only
+when the program runs, and have gaps: a strided head reads the tiles of its own
+shard before `near`, then contiguous tiles up to the block's last query.
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from pallas_kernels.head_attention.schedule import StridedHeads
+
+
+class BlockVisits(NamedTuple):
+  """Tiles of one block, or of many; int32 of equal shapes.
+
+  Attributes:
+    far_full: Leading tiles of the shard that every query sees whole.
+    far: Tiles of the shard, the last of which may be seen in part.
+    near: First contiguous tile.
+    low, high: Contiguous tiles that every query sees whole.
+    end: Contiguous tile after the last one.
+  """
+
+  far_full: Int[Array, "..."]
+  far: Int[Array, "..."]
+  near: Int[Array, "..."]
+  low: Int[Array, "..."]
+  high: Int[Array, "..."]
+  end: Int[Array, "..."]
+
+
+def near_start(
+  first: Int[Array, "..."], *, local: int, block: int, block_kv: int
+) -> Int[Array, "..."]:
+  """First key of the near part of a block whose first query is there."""
+  window = jnp.maximum(first // block - (local - 1), 0) * block
+  return window // block_kv * block_kv
+
+
+def block_visits(
+  run: StridedHeads,
+  residue: Int[Array, "..."],
+  first: Int[Array, "..."],
+  last: Int[Array, "..."],
+  *,
+  block: int,
+  block_kv: int,
+  far_tokens: int,
+  kv_length: int,
+) -> BlockVisits:
+  """What blocks of packed queries visit.
+
+  Args:
+    run: The heads.
+    residue: Of each block's head.
+    first, last: Positions of each block's first and last query; `last` is
+      negative if it has none.
+    block: Tokens of a block of the pattern.
+    block_kv: Keys of a contiguous tile.
+    far_tokens: Keys of a tile of the shard.
+    kv_length: Keys.
+  """
+  seen = last >= 0
+  start = near_start(first, local=run.local, block=block, block_kv=block_kv)
+  far = far_full = jnp.zeros_like(start)
+  if run.stride:
+    past = jnp.minimum(start, kv_length)
+    blocks = past // block
+    # Of the shard: whole blocks, and what `past` leaves of the next one.
+    whole = jnp.maximum(blocks - residue + run.stride - 1, 0) // run.stride
+    begun = past - (whole * run.stride + residue) * block
+    held = whole * block + jnp.clip(begun, 0, block)
+    far_full, far = held // far_tokens, -(-held // far_tokens)
+  near = start // block_kv
+  end = jnp.maximum(near, jnp.minimum(last, kv_length - 1) // block_kv + 1)
+  window = jnp.maximum(last // block - (run.local - 1), 0) * block
+  low = jnp.clip(-(-window // block_kv), near, end)
+  high = jnp.clip(jnp.minimum(first + 1, kv_length) // block_kv, low, end)
+  visits = BlockVisits(far_full, far, near, low, high, end)
+  return BlockVisits(*(jnp.where(seen, each, 0) for each in visits))
