@@ -28,6 +28,9 @@ from pallas_kernels.head_attention import (
   Tiling,
   head_attention,
 )
+from pallas_kernels.packing import gather_rows, pack
+from pallas_kernels.routed_attention import routed_attention
+from pallas_kernels.routed_attention.tiling import default_tiling
 
 pytestmark = pytest.mark.compile
 
@@ -198,6 +201,65 @@ def test_forward_and_backward_compile(chip, implementation, case):
   assert report.temp_bytes + report.code_bytes <= allowed
   if case is LONGEST:
     assert case.heads * (case.length // case.block) ** 2 > allowed
+
+
+# Packed rows of half the heads: a chip, the shape, and whether always.
+ROUTED = (
+  ("v4", Case(64, 8, 2 * K, "float32", "s2"), True),
+  ("v5e", Case(128, 4, 32 * K, "bfloat16", "s2"), True),
+  ("v5p", Case(96, 1, 2 * K, "bfloat16", "window"), True),
+  ("v6e", Case(128, 1, 2 * K, "bfloat16", "dense"), True),
+  ("tpu7x", Case(256, 4, 2 * K, "bfloat16", "s2"), True),
+  ("v4", Case(128, 4, 32 * K, "bfloat16", "dense"), False),
+  ("v5e", Case(64, 1, 128 * K, "bfloat16", "dense"), False),
+  ("v5p", Case(256, 4, 32 * K, "bfloat16", "s2"), False),
+  ("v6e", Case(128, 8, 128 * K, "bfloat16", "s2"), False),
+  ("tpu7x", Case(128, 1, 128 * K, "bfloat16", "dense"), False),
+)
+
+
+def routed_grid():
+  for chip, case, always in ROUTED:
+    marks = [] if always else [pytest.mark.exhaustive]
+    yield pytest.param(chip, case, marks=marks, id=f"{chip}-{case}")
+
+
+@pytest.mark.parametrize(("chip", "case"), list(routed_grid()))
+def test_routed_attention_compiles(chip, case):
+  q, k, v, d_out = case.arguments()
+  active = jax.ShapeDtypeStruct(q.shape[:3], bool)
+
+  def program(q, k, v, d_out, active):
+    tiling = default_tiling(case.length, case.length, 0.5)
+    packing = pack(
+      active, num_active=case.heads // 2, block_rows=tiling.block_q
+    )
+
+    def attention(rows, k, v):
+      return routed_attention(
+        rows,
+        k,
+        v,
+        packing,
+        pattern=case.pattern(),
+        tiling=tiling,
+        implementation="mosaic_tpu",
+      )
+
+    rows = gather_rows(q, packing)
+    out, pullback = jax.vjp(attention, rows, k, v)
+    return out, pullback(gather_rows(d_out, packing))
+
+  report = compile_for(chip, program, q, k, v, d_out, active)
+  # Rows of the gathered operands, sums in float32 and padding: no more than
+  # all heads would take.
+  blocks = -(-case.length // 512)
+  allowed = 3 * case.operand_bytes + 64 * case.heads * blocks**2 + 32 * MIB
+  assert report.temp_bytes + report.code_bytes <= allowed
+  assert [name.partition(" ")[0] for name in report.kernels] == [
+    "head_attention_forward",
+    *["head_attention_backward"] * (2 if case.mask == "s2" else 1),
+  ]
 
 
 def command_line(*flags):

@@ -82,9 +82,9 @@ def _kernel(
   overlap: Overlap,
   adds: bool,
 ) -> None:
-  batch, row, item, member = (pl.program_id(axis) for axis in range(4))
-  step = read_step(tables, row, item, member, call.members)
-  at = Position(tables, call, batch, row, item, member)
+  at = Position.here(tables, call)
+  item, member = at.item, at.member
+  step = read_step(tables, at.row, item, member, call.members)
   dq_sums = QuerySums(dq_ref, *dq_scratch)
   dq_sums.begin(at)
 

@@ -30,11 +30,8 @@ from pallas_kernels.head_attention.mosaic_tpu.settings import (
   overlap,
   vmem_limit,
 )
-from pallas_kernels.head_attention.mosaic_tpu.tile import LOG2_E
+from pallas_kernels.head_attention.mosaic_tpu.tile import LOG2_E, NOTHING_SEEN
 from pallas_kernels.head_attention.operands import Operands, Settings
-
-# In base 2, the log-sum-exp of a row that sees nothing: no weight, no NaN.
-_NOTHING_SEEN = 1e30
 
 # Float32 sums of dq take twice the memory of q. Where they would take more than
 # this, some KV heads go after the others.
@@ -198,13 +195,13 @@ def _cotangents(
   product = out.astype(jnp.float32) * d_out.astype(jnp.float32)
   delta = product.sum(-1).swapaxes(1, 2) - d_lse
   statistics = (
-    jnp.where(seen, lse * LOG2_E, _NOTHING_SEEN),
+    jnp.where(seen, lse * LOG2_E, NOTHING_SEEN),
     jnp.where(seen, delta, 0.0),
   )
   missing = padded - lse.shape[2]
   lse, delta = (
     jnp.pad(x, ((0, 0), (0, 0), (0, missing)), constant_values=fill)[:, :, None]
-    for x, fill in zip(statistics, (_NOTHING_SEEN, 0.0), strict=True)
+    for x, fill in zip(statistics, (NOTHING_SEEN, 0.0), strict=True)
   )
   return specs.make_queries(
     operands.q, operands.q_segment_ids, padded

@@ -4,11 +4,15 @@ Every kernel runs over the grid (batch, rows, items, members). An item is one
 visited tile; a row is what shares a list of items: a query head, or a KV head
 with the `members` query heads whose gradients are summed into it. Lists that
 differ from row to row are laid one after the other and name their row.
+
+Packed queries have one row of the grid for each of their tiles, named by the
+items, and tables that are made when the program runs.
 """
 
 import dataclasses
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from pallas_kernels.head_attention.schedule import Visits
@@ -24,9 +28,14 @@ _TILE_BITS = 14
 _PLACE_BITS = 16
 MAX_KV_TILES = 1 << _TILE_BITS
 MAX_Q_TILES = 1 << _PLACE_BITS
+# Rows that an item can name.
+MAX_ROWS = 1 << (31 - _PLACE_BITS)
 
 # Scalar memory holds 1 MiB on every TPU so far; the pipeline needs some too.
 _TABLE_WORDS = 1 << 16
+
+
+Words = np.ndarray | jax.Array
 
 
 class Tables(NamedTuple):
@@ -39,17 +48,21 @@ class Tables(NamedTuple):
     heads: Query head of every member of every row.
     kv_heads: KV head of the same.
     residues: Residue of the same.
+    sequences: What to add to the grid's sequence for the keys' segment ids.
+    firsts: Position of a packed tile's first query; else not read.
     pointers: Where in `bits` an item's words start.
     bits: One word a key block of a tile; bit i is the i-th query block.
   """
 
-  place: np.ndarray
-  tiles: np.ndarray
-  heads: np.ndarray
-  kv_heads: np.ndarray
-  residues: np.ndarray
-  pointers: np.ndarray
-  bits: np.ndarray
+  place: Words
+  tiles: Words
+  heads: Words
+  kv_heads: Words
+  residues: Words
+  sequences: Words
+  firsts: Words
+  pointers: Words
+  bits: Words
 
 
 class Step(NamedTuple):
@@ -90,6 +103,16 @@ def read_step(
   )
 
 
+def pack_place(row: Any, q_tile: Any) -> Any:
+  """A word of `Tables.place`."""
+  return row << _PLACE_BITS | q_tile
+
+
+def pack_tiles(near_tile: Any, far_tile: Any, flags: Any) -> Any:
+  """A word of `Tables.tiles`."""
+  return (near_tile << _TILE_BITS | far_tile) << _FLAG_BITS | flags
+
+
 @dataclasses.dataclass(frozen=True)
 class Call:
   """One kernel call.
@@ -99,17 +122,20 @@ class Call:
     rows: Size of the grid's row axis; 1 if the items name their rows.
     members: Query heads of a row.
     kinds: The combinations of FAR and EDGE that occur.
+    count: How many items of the list there are, if that is known only when
+      the program runs; None is all.
   """
 
   tables: Tables
   rows: int
   members: int
   kinds: tuple[int, ...]
+  count: Any = None
 
   @property
-  def items(self) -> int:
+  def items(self) -> Any:
     """Items of the list."""
-    return self.tables.place.size
+    return self.tables.place.size if self.count is None else self.count
 
   @property
   def has_far(self) -> bool:
@@ -200,16 +226,17 @@ def _pack(
   flags = FIRST * first + LAST * last + kind
   near = _carry(visits.kv_tile, ~visits.is_far)
   far = _carry(visits.kv_tile, visits.is_far)
-  tiles = (near << _TILE_BITS | far) << _FLAG_BITS | flags
   pointers = bits = np.zeros(1, np.int32)
   if work.kept is not None:
     pointers, bits = _pack_bits(work.kept[part], visits.is_full)
   tables = Tables(
-    place=work.rows[part] << _PLACE_BITS | visits.q_tile,
-    tiles=tiles,
+    place=pack_place(work.rows[part], visits.q_tile),
+    tiles=pack_tiles(near, far, flags),
     heads=heads.reshape(-1),
     kv_heads=kv_heads.reshape(-1),
     residues=residues.reshape(-1),
+    sequences=np.zeros(heads.size),
+    firsts=np.zeros(1),
     pointers=pointers,
     bits=bits,
   )

@@ -37,6 +37,7 @@ def tile_mask(
   step: Step,
   kind: int,
   chunk: Chunk,
+  positions: jax.Array | None,
 ) -> jax.Array | None:
   """Bool [keys, queries]; None if every query sees every key.
 
@@ -47,13 +48,14 @@ def tile_mask(
     step: The same, read.
     kind: The static part of the flags: FAR and EDGE.
     chunk: Queries of the tile.
+    positions: Of packed queries, int32 [1, queries].
   """
   if not kind & EDGE:
     return None
   if kind & FAR:
     return _far(layout, tables, step, chunk)
   if isinstance(layout.run, StridedHeads):
-    return _window(layout, tables, step, chunk)
+    return _window(layout, tables, step, chunk, positions)
   return _table(layout, tables, item, step, chunk)
 
 
@@ -79,6 +81,13 @@ def _rows_of(
   )
 
 
+def _first_position(layout: Layout, tables: Any, step: Step) -> Any:
+  """Of the queries of a tile."""
+  if layout.packed:
+    return tables.firsts[step.member]
+  return layout.q_offset + step.q_tile * layout.tiling.block_q
+
+
 def _q_positions(
   layout: Layout, step: Step, keys: int, chunk: Chunk
 ) -> jax.Array:
@@ -97,7 +106,7 @@ def _far(layout: Layout, tables: Any, step: Step, chunk: Chunk) -> jax.Array:
   assert isinstance(layout.run, StridedHeads)
   block, blocks, stride = layout.block, layout.far_blocks, layout.stride
   block_kv = layout.tiling.block_kv
-  first = layout.q_offset + step.q_tile * layout.tiling.block_q
+  first = _first_position(layout, tables, step)
   window = jnp.maximum(_whole(first, block) - layout.run.local + 1, 0) * block
   limit = jnp.minimum(_whole(window, block_kv) * block_kv, layout.kv_length)
   start = step.far_tile * blocks * stride + tables.residues[step.member]
@@ -108,14 +117,23 @@ def _far(layout: Layout, tables: Any, step: Step, chunk: Chunk) -> jax.Array:
   return inside < left
 
 
-def _window(layout: Layout, tables: Any, step: Step, chunk: Chunk) -> jax.Array:
+def _window(
+  layout: Layout,
+  tables: Any,
+  step: Step,
+  chunk: Chunk,
+  positions: jax.Array | None,
+) -> jax.Array:
   """Each key is seen from its own position to its last query's."""
   run = layout.run
   assert isinstance(run, StridedHeads)
   block_kv = layout.tiling.block_kv
   rows = min(layout.block, block_kv)
   first = _whole(step.near_tile * block_kv, layout.block)
-  q_positions = _q_positions(layout, step, block_kv, chunk)
+  if positions is None:
+    q_positions = _q_positions(layout, step, block_kv, chunk)
+  else:
+    q_positions = jnp.broadcast_to(positions, (block_kv, chunk.size))
   k_positions = _k_positions(layout, step, chunk)
   seen = k_positions <= q_positions
   if run.stride != 1:

@@ -35,6 +35,8 @@ class Layout:
     q_length, kv_length: Queries and keys, without padding.
     q_offset: Position of the first query.
     groups: Query heads of a KV head.
+    packed: Queries are packed rows, and `run` is of the KV heads of all
+      sequences: their residues are in the tables.
   """
 
   run: StridedHeads | TableHeads
@@ -45,6 +47,7 @@ class Layout:
   kv_length: int
   q_offset: int
   groups: int
+  packed: bool = False
 
   @property
   def num_heads(self) -> int:
@@ -124,6 +127,8 @@ def has_far(layout: Layout) -> bool:
   """Whether keys are read through the shard view."""
   if isinstance(layout.run, TableHeads):
     return False
+  if layout.packed:
+    return layout.run.stride > 0
   return bool(_visits(layout).is_far.any())
 
 

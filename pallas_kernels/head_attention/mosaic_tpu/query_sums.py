@@ -32,6 +32,7 @@ class Position(NamedTuple):
     tables: References to `Tables` in scalar memory.
     call: What runs.
     batch, row, item, member: Grid indices.
+    steps: Steps of the row.
   """
 
   tables: Any
@@ -40,16 +41,19 @@ class Position(NamedTuple):
   row: Any
   item: Any
   member: Any
+  steps: Any
+
+  @classmethod
+  def here(cls, tables: Any, call: Call) -> "Position":
+    """The step that runs; not inside a conditional."""
+    batch, row, item, member = (pl.program_id(axis) for axis in range(4))
+    steps = pl.num_programs(2) * call.members
+    return cls(tables, call, batch, row, item, member, steps)
 
   @property
   def number(self) -> Any:
     """How many steps of the row are before it."""
     return self.item * self.call.members + self.member
-
-  @property
-  def steps(self) -> int:
-    """Steps of the row."""
-    return self.call.items * self.call.members
 
   def next(self) -> "Position":
     """The step after it, in the same row."""

@@ -43,6 +43,7 @@ class Queries(NamedTuple):
   Attributes:
     q: [B, N, T, H].
     segment_ids: [B, 8, T].
+    positions: Of packed queries among the keys, int32 [B, 8, T].
     d_out: Cotangent of the output, [B, N, T, Hv]; backward only.
     lse: In base 2, float32 [B, N, 1, T]; backward only.
     delta: Row sums of out * d_out, less the cotangent of the log-sum-exp;
@@ -51,6 +52,7 @@ class Queries(NamedTuple):
 
   q: Any
   segment_ids: Any
+  positions: Any = None
   d_out: Any = None
   lse: Any = None
   delta: Any = None
@@ -129,15 +131,18 @@ def views(layout: Layout, call: Call, keys: Keys) -> dict[str, Keys | None]:
   return {"near": keys if call.has_near else None, "far": far}
 
 
+def on_sublanes(numbers: jax.Array) -> jax.Array:
+  """One number a query, [B, T], as the kernels read them: [B, 8, T]."""
+  batch, length = numbers.shape
+  return jnp.broadcast_to(numbers[:, None], (batch, _SUBLANES, length))
+
+
 def make_queries(
   q: jax.Array, segment_ids: jax.Array | None, q_padded: int
 ) -> Queries:
   """Queries as the kernels want them, from the public layout."""
   if segment_ids is not None:
-    segment_ids = pad_tokens(segment_ids, 1, q_padded)[:, None]
-    segment_ids = jnp.broadcast_to(
-      segment_ids, (segment_ids.shape[0], _SUBLANES, q_padded)
-    )
+    segment_ids = on_sublanes(pad_tokens(segment_ids, 1, q_padded))
   return Queries(pad_tokens(q.swapaxes(1, 2), 2, q_padded), segment_ids)
 
 
@@ -238,14 +243,21 @@ def input_specs(layout: Layout, members: int, inputs: Inputs) -> Inputs:
   )
   near_ids = pl.BlockSpec(
     (None, layout.tiling.block_kv, _LANES),
-    _index_map(members, lambda batch, step, _: (batch, step.near_tile, 0)),
+    _index_map(
+      members,
+      lambda batch, step, tables: (
+        batch + tables.sequences[step.member],
+        step.near_tile,
+        0,
+      ),
+    ),
   )
   far_ids = pl.BlockSpec(
     (None, layout.far_blocks, None, layout.block, _LANES),
     _index_map(
       members,
       lambda batch, step, tables: (
-        batch,
+        batch + tables.sequences[step.member],
         step.far_tile,
         tables.residues[step.member],
         0,
@@ -257,6 +269,7 @@ def input_specs(layout: Layout, members: int, inputs: Inputs) -> Inputs:
     Queries(
       of_queries(queries.q),
       if_given(queries.segment_ids, query_ids),
+      if_given(queries.positions, query_ids),
       of_queries(queries.d_out),
       if_given(queries.lse, statistics),
       if_given(queries.delta, statistics),

@@ -52,6 +52,8 @@ class Overlap(NamedTuple):
 # Where the running maximum starts, finite: hidden logits are -inf and have no
 # weight even while nothing has been seen.
 LOWEST = -1e30
+# In base 2, the log-sum-exp of a row that sees nothing: no weight, no NaN.
+NOTHING_SEEN = 1e30
 
 
 def matmul(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:
@@ -186,8 +188,11 @@ class TileContext(NamedTuple):
       slope = 1 - values * values
     elif self.scale <= 0:
       values = values * self.scale
+    positions = None
+    if queries.positions is not None:
+      positions = self.columns(queries.positions, chunk)[:1]
     mask = tile_mask(
-      self.layout, self.tables, self.item, self.step, kind, chunk
+      self.layout, self.tables, self.item, self.step, kind, chunk, positions
     )
     if tile.segment_ids is not None:
       same = same_segment(

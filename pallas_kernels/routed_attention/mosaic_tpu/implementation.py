@@ -1,0 +1,310 @@
+"""Routed attention on TPUs: the kernels of head attention on packed rows.
+
+All sequences are one: rows are the queries of one long head, and keys those of
+B K heads. A block of rows is a query tile that names its KV head; which key
+tiles it visits is listed when the program runs.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from pallas_kernels.head_attention import operands as head_operands
+from pallas_kernels.head_attention.contexts import HeadContexts
+from pallas_kernels.head_attention.mosaic_tpu import settings as head_settings
+from pallas_kernels.head_attention.mosaic_tpu import specs
+from pallas_kernels.head_attention.mosaic_tpu.backward_kernel import (
+  Gradients,
+  add_gradients,
+)
+from pallas_kernels.head_attention.mosaic_tpu.forward_kernel import attend
+from pallas_kernels.head_attention.mosaic_tpu.items import MAX_ROWS, Call
+from pallas_kernels.head_attention.mosaic_tpu.plan import Layout
+from pallas_kernels.head_attention.mosaic_tpu.tile import LOG2_E, NOTHING_SEEN
+from pallas_kernels.head_attention.schedule import StridedHeads, TableHeads
+from pallas_kernels.routed_attention.mosaic_tpu.worklist import (
+  MOST_ITEMS,
+  Blocks,
+  by_block,
+  by_far_tile,
+  by_near_tile,
+  far_tiles,
+  for_calls,
+)
+from pallas_kernels.routed_attention.operands import (
+  UNUSED,
+  Operands,
+  Settings,
+  seen_up_to,
+)
+from pallas_kernels.routed_attention.visits import BlockVisits, block_visits
+
+
+def refusal(settings: Settings, operands: Operands) -> str | None:
+  """Why these inputs are not covered; None if they are.
+
+  Looks at shapes, dtypes and static settings only.
+  """
+  packing = operands.packing
+  if operands.mask is not None:
+    return "`mask` is not known when the tiles are listed; use a `pattern`."
+  if packing.block_head.size > MAX_ROWS:
+    return (
+      f"`packing` may have at most {MAX_ROWS} blocks, got "
+      f"{packing.block_head.size}; use larger `block_rows`."
+    )
+  block_kv = settings.tiling.block_kv
+  most = MOST_ITEMS // 2 * block_kv
+  if operands.k.shape[1] > most:
+    return (
+      f"`k` may have at most {most:,} tokens with tiles of {block_kv}, got "
+      f"{operands.k.shape[1]:,}; use a larger `block_kv`."
+    )
+  runs = settings.runs(packing.num_heads)
+  if any(isinstance(run, TableHeads) for run in runs):
+    return (
+      "`pattern` has heads whose rule is a table, has sinks or two strides; "
+      "routed queries have strided heads here."
+    )
+  return head_settings.refusal(
+    _head_settings(settings, packing.num_heads), _head_operands(operands)
+  )
+
+
+def forward(
+  settings: Settings, operands: Operands
+) -> tuple[Float[Array, "rows H"], Float[Array, " rows"]]:
+  """Output, and log-sum-exp of the logits; see `operands.Implementation`."""
+  runs = make_runs(settings, operands)
+  rows, size = operands.q.shape
+  results: tuple[Array, Array] = (
+    jnp.zeros((1, 1, rows, size), operands.q.dtype),
+    jnp.full((1, 1, 1, rows), -jnp.inf, jnp.float32),
+  )
+  queries = _queries(settings, operands)
+  for run in runs:
+    layout = run.layout
+    step = functools.partial(
+      _attend,
+      layout,
+      queries,
+      _keys(layout, operands),
+      _options(settings, operands, layout, backward=False),
+    )
+    work = by_block(layout, run.blocks)
+    results = for_calls(run.blocks, work, step, results)
+  out, lse = results[0][0, 0], results[1][0, 0, 0]
+  # Tiles that all queries see whole know nothing of unused rows.
+  used = operands.packing.row_valid
+  return (
+    jnp.where(used[:, None], out, 0.0),
+    jnp.where(used, lse, -jnp.inf),
+  )
+
+
+def _attend(
+  layout: Layout,
+  queries: specs.Queries,
+  keys: specs.Keys,
+  options: dict[str, Any],
+  call: Call,
+  results: tuple[Array, Array],
+) -> tuple[Array, Array]:
+  return attend(layout, call, queries, keys, previous=results, **options)
+
+
+def backward(
+  settings: Settings,
+  operands: Operands,
+  out: Float[Array, "rows H"],
+  lse: Float[Array, " rows"],
+  d_out: Float[Array, "rows H"],
+) -> tuple[
+  Float[Array, "rows H"], Float[Array, "B S K H"], Float[Array, "B S K H"]
+]:
+  """Gradients of q, k and v; see `operands.Implementation`."""
+  runs = make_runs(settings, operands)
+  seen = jnp.isfinite(lse)
+  delta = (out.astype(jnp.float32) * d_out.astype(jnp.float32)).sum(-1)
+  queries = _queries(settings, operands)._replace(
+    d_out=jnp.where(seen[:, None], d_out, 0)[None, None],
+    lse=jnp.where(seen, lse * LOG2_E, NOTHING_SEEN)[None, None, None],
+    delta=jnp.where(seen, delta, 0.0)[None, None, None],
+  )
+  layouts = [run.layout for run in runs]
+  # Several parts are added in float32.
+  whole = len(layouts) == 1 and not far_tiles(layouts[0])
+  dtype = operands.k.dtype if whole else jnp.float32
+  rows, size = operands.q.shape
+  dq = jnp.zeros((1, 1, size, rows), jnp.float32)
+  dk, dv = (_zero_gradient(x, dtype) for x in (operands.k, operands.v))
+  for run in runs:
+    layout = run.layout
+    keys = _keys(layout, operands)
+    options = _options(settings, operands, layout, backward=True)
+    padding = keys.k.shape[2] - dk.shape[2]
+    dk, dv = (_pad_keys(x, padding) for x in (dk, dv))
+    step = functools.partial(
+      _add, layout, queries, keys, options | {"dtype": dtype, "adds": not whole}
+    )
+    lists = [by_near_tile(layout, run.blocks)]
+    if far_tiles(layout):
+      lists.append(by_far_tile(layout, run.blocks))
+    sums = Gradients(dk, dv, dq)
+    for work in lists:
+      sums = for_calls(run.blocks, work, step, sums)
+    dk, dv, dq = sums
+  dq = (dq[0, 0].T * settings.scale).astype(operands.q.dtype)
+  return dq, _public(dk, operands.k), _public(dv, operands.v)
+
+
+def _add(
+  layout: Layout,
+  queries: specs.Queries,
+  keys: specs.Keys,
+  options: dict[str, Any],
+  call: Call,
+  sums: Gradients,
+) -> Gradients:
+  return add_gradients(layout, call, queries, keys, previous=sums, **options)
+
+
+class Run(NamedTuple):
+  """Heads whose visits have one form, and what their blocks visit."""
+
+  layout: Layout
+  blocks: Blocks
+
+
+def make_runs(settings: Settings, operands: Operands) -> list[Run]:
+  """The heads in runs, and what the blocks of each visit."""
+  packing = operands.packing
+  batch, kv_length, kv_heads, _ = operands.k.shape
+  groups = packing.num_heads // kv_heads
+  limits = seen_up_to(settings, operands).reshape(-1, packing.block_rows)
+  first = jnp.where(limits == UNUSED, kv_length, limits).min(axis=1)
+  last = limits.max(axis=1)
+  head = packing.block_head
+  residues = [
+    getattr(rule, "residue", 0) for rule in settings.rules(packing.num_heads)
+  ]
+  residue = jnp.asarray(residues, jnp.int32)[head]
+  result = []
+  for run in settings.runs(packing.num_heads):
+    assert isinstance(run, StridedHeads)
+    layout = Layout(
+      run=StridedHeads(
+        0, batch * kv_heads, local=run.local, stride=run.stride, residues=()
+      ),
+      block=settings.block,
+      is_causal=True,
+      tiling=settings.tiling,
+      q_length=operands.q.shape[0],
+      kv_length=kv_length,
+      q_offset=0,
+      groups=1,
+      packed=True,
+    )
+    visits = block_visits(
+      run,
+      residue,
+      first,
+      last,
+      block=settings.block,
+      block_kv=settings.tiling.block_kv,
+      far_tokens=layout.far_blocks * settings.block,
+      kv_length=kv_length,
+    )
+    inside = (run.start <= head) & (head < run.stop)
+    blocks = Blocks(
+      kv_head=packing.block_batch * kv_heads + head // groups,
+      sequence=packing.block_batch,
+      residue=residue,
+      first=first,
+      visits=BlockVisits(*(jnp.where(inside, each, 0) for each in visits)),
+      segments=batch * (run.stop - run.start),
+    )
+    result.append(Run(layout, blocks))
+  return result
+
+
+def _queries(settings: Settings, operands: Operands) -> specs.Queries:
+  packing = operands.packing
+  ids = operands.q_segment_ids
+  if ids is not None:
+    ids = ids.reshape(-1).at[packing.row_token].get(mode="clip")[None]
+  queries = specs.make_queries(
+    operands.q[None, :, None], ids, operands.q.shape[0]
+  )
+  positions = seen_up_to(settings, operands)
+  return queries._replace(positions=specs.on_sublanes(positions[None]))
+
+
+def _keys(layout: Layout, operands: Operands) -> specs.Keys:
+  keys = specs.near_keys(
+    layout, operands.k, operands.v, operands.kv_segment_ids
+  )
+  k, v = (x.reshape(1, -1, *x.shape[2:]) for x in keys[:2])
+  return keys._replace(k=k, v=v)
+
+
+def _zero_gradient(x: Float[Array, "B S K H"], dtype: Any) -> Array:
+  """As the kernels write it, [1, B K, S, H]."""
+  batch, length, heads, size = x.shape
+  return jnp.zeros((1, batch * heads, length, size), dtype)
+
+
+def _pad_keys(x: Array, amount: int) -> Array:
+  """Longer, or shorter if `amount` is negative."""
+  if amount <= 0:
+    return x[:, :, : x.shape[2] + amount]
+  return jnp.pad(x, ((0, 0), (0, 0), (0, amount), (0, 0)))
+
+
+def _public(x: Array, like: Float[Array, "B S K H"]) -> Float[Array, "B S K H"]:
+  batch, length, heads, size = like.shape
+  x = x[0, :, :length].reshape(batch, heads, length, size)
+  return x.swapaxes(1, 2).astype(like.dtype)
+
+
+def _options(
+  settings: Settings, operands: Operands, layout: Layout, *, backward: bool
+) -> dict[str, Any]:
+  return dict(
+    scale=settings.scale,
+    soft_cap=None,
+    overlap=head_settings.overlap(layout, backward=backward),
+    vmem_bytes=head_settings.vmem_limit(layout, _head_operands(operands)),
+    interpret=settings.interpret,
+  )
+
+
+def _head_settings(
+  settings: Settings, num_heads: int
+) -> head_operands.Settings:
+  """What head attention would be asked for."""
+  return head_operands.Settings(
+    pattern=HeadContexts(settings.block, settings.rules(num_heads)),
+    scale=settings.scale,
+    logits_soft_cap=None,
+    q_offset=0,
+    tiling=settings.tiling,
+    interpret=settings.interpret,
+  )
+
+
+def _head_operands(operands: Operands) -> head_operands.Operands:
+  """The shapes and dtypes of one long head."""
+  rows, size = operands.q.shape
+  ids = operands.q_segment_ids
+  return head_operands.Operands(
+    q=jax.ShapeDtypeStruct((1, rows, 1, size), operands.q.dtype),  # type: ignore[arg-type]
+    k=operands.k,
+    v=operands.v,
+    q_segment_ids=ids,
+    kv_segment_ids=operands.kv_segment_ids,
+    q_offset=operands.q_offset,
+  )
