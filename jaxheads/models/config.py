@@ -5,7 +5,8 @@ import math
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, get_args
 
-from jaxheads.moh import MoHConfig
+from jaxheads import flops
+from jaxheads.moh import MoHConfig, router_size
 from jaxheads.s2 import Pattern
 
 _SIZES = (
@@ -202,46 +203,28 @@ class ModelConfig:
     Args:
       seq_len: Tokens per sequence, at least 1.
     """
-    return sum(self._densities(seq_len)) / self.num_layers
+    return sum(self.densities(seq_len)) / self.num_layers
+
+  def densities(self, seq_len: int) -> list[float]:
+    """Visible share of the causal pairs of a query and a key, by layer."""
+    if seq_len < 1:
+      raise ValueError(f"`seq_len` must be at least 1, got {seq_len}.")
+    of_context = {
+      context: 1.0 if context is None else context.density(seq_len)
+      for context in set(self.contexts)
+    }
+    return [of_context[context] for context in self.contexts]
 
   def flops_per_token(self, seq_len: int) -> float:
     """Forward FLOPs of one token, averaged over a causal sequence.
 
-    Two per multiply-accumulate; a token sees (seq_len + 1) / 2 keys on
-    average, in layers with a context its visible share of them. Heads that a
-    token does not use count as free, as in the dispatch execution; the dense
-    one, and every layer with a context, computes them all. Embedding lookup,
-    norms, softmax and activations are left out, the output vocabulary is in.
+    Heads that a token does not use count as free, as in the dispatch
+    execution; the dense one computes them all. See `jaxheads.flops.prefill`.
 
     Args:
       seq_len: Tokens per sequence, at least 1.
-    Source:
-      MoH, https://arxiv.org/abs/2410.11842: the linear terms of its layer.
     """
-    densities = self._densities(seq_len)
-    D, N, K, H = (
-      self.embed_dim,
-      self.num_heads,
-      self.num_kv_heads,
-      self.head_dim,
-    )
-    total = 2.0 * D * self.vocab_size
-    for plan, density in zip(self.head_plans, densities, strict=True):
-      visible = density * (seq_len + 1) / 2
-      active = self._active(plan)
-      by_query = (
-        plan is not None and plan.router == "query_norm" and plan.top_k > 0
-      )
-      # The query-norm router ranks heads by their queries: it needs them all.
-      total += 2 * D * (N if by_query else active) * H
-      total += 4 * D * K * H
-      total += 4 * active * H * visible
-      total += 2 * active * H * D
-      total += 6 * D * self.mlp_dim
-      total += 2 * self._router_params(plan)
-      if plan is not None and by_query:
-        total += 2 * plan.num_routed * H
-    return total
+    return flops.prefill(self, seq_len).total_flops
 
   def dense(self) -> "ModelConfig":
     """The matched baseline: every head on, ungated, and seeing everything."""
@@ -287,27 +270,12 @@ class ModelConfig:
     fields = {**fields, "head_plans": plans, "contexts": contexts}
     return _build(cls, fields, where="")
 
-  def _densities(self, seq_len: int) -> list[float]:
-    """Visible share of the causal pairs, by layer."""
-    if seq_len < 1:
-      raise ValueError(f"`seq_len` must be at least 1, got {seq_len}.")
-    of_context = {
-      context: 1.0 if context is None else context.density(seq_len)
-      for context in set(self.contexts)
-    }
-    return [of_context[context] for context in self.contexts]
-
   def _active(self, plan: MoHConfig | None) -> int:
     return self.num_heads if plan is None else plan.num_active
 
   def _router_params(self, plan: MoHConfig | None) -> int:
-    """Parameters of one layer's router: W_r, W_h and W_s, where they exist."""
-    if plan is None or plan.router == "query_norm":
-      return 0
-    columns = plan.num_shared if plan.num_shared > 1 else 0
-    if plan.top_k:
-      columns += plan.num_routed + (2 if plan.num_shared else 0)
-    return self.embed_dim * columns
+    """Parameters of one layer's router."""
+    return 0 if plan is None else router_size(plan, self.embed_dim)
 
 
 def _build(cls: Any, fields: Mapping[str, Any], *, where: str) -> Any:

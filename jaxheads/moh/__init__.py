@@ -9,3 +9,4 @@ from jaxheads.moh._routing import init_router as init_router
 from jaxheads.moh._routing import route as route
 from jaxheads.moh._routing import route_by_query_norm as route_by_query_norm
 from jaxheads.moh._routing import router_shapes as router_shapes
+from jaxheads.moh._routing import router_size as router_size

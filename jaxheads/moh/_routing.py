@@ -4,6 +4,7 @@ All arithmetic is float32 whatever the activations are, and ties go to the
 lowest head, so that the same model picks the same heads on every backend.
 """
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -59,6 +60,12 @@ def router_shapes(
     if two_stage and config.num_shared > 1
     else None,
   }
+
+
+def router_size(config: MoHConfig, embed_dim: int) -> int:
+  """Parameters of one layer's router."""
+  shapes = router_shapes(config, embed_dim).values()
+  return sum(math.prod(shape) for shape in shapes if shape is not None)
 
 
 def init_router(
