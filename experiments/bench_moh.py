@@ -5,9 +5,12 @@
 
 Every variant is the same layer (`jaxheads.nn.MoHAttention`, causal, RoPE): the
 baseline picks all routed heads through the same dispatch path, "dense" is all
-heads through the whole attention matrix. Variants run in turn, round after
-round, and ratios are taken within a round, so that a machine whose speed
-drifts favours nobody. Reported are medians over the rounds.
+heads through the whole attention matrix. With `--stride` every head has a
+sharded context, and the baseline computes all heads without packing them.
+
+Variants run in turn, round after round, and ratios are taken within a round, so
+that a machine whose speed drifts favours nobody. Reported are medians over the
+rounds.
 """
 
 import dataclasses
@@ -27,6 +30,7 @@ import rich.table
 import tyro
 from flax import nnx
 
+from jaxheads import s2
 from jaxheads.errors import UserError, one_line_errors
 from jaxheads.moh import MoHConfig
 from jaxheads.nn import MoHAttention, auxiliary_loss
@@ -48,6 +52,9 @@ class BenchConfig:
   """Size of one head; the layer's width is heads x head_dim."""
   shared: int | None = None
   """Heads that are always on; a quarter of the heads by default."""
+  stride: int = 0
+  """Vertical stride of sharded contexts (blocks of 64 tokens, 8 local); 0 is no
+  sharding."""
   batch: int = 1
   """Sequences."""
   dtype: str = "float32"
@@ -62,6 +69,8 @@ class BenchConfig:
   def __post_init__(self) -> None:
     if self.rounds < 1:
       raise UserError(f"`--rounds` must be at least 1, got {self.rounds}.")
+    if self.stride < 0:
+      raise UserError(f"`--stride` must not be negative, got {self.stride}.")
     if self.dtype not in ("float32", "bfloat16"):
       raise UserError(
         f"`--dtype` must be float32 or bfloat16, got {self.dtype!r}."
@@ -92,11 +101,13 @@ def variants(config: BenchConfig, length: int) -> list[Variant]:
     except ValueError as error:
       raise UserError(str(error)) from None
 
-  listed = [Variant("all heads", "dispatch", heads(1.0))]
+  # The faster way to compute all heads.
+  execution = "dense" if config.stride else "dispatch"
+  listed = [Variant("all heads", execution, heads(1.0))]
   for active in config.active:
     moh = heads(active)
     listed.append(Variant(f"{moh.active_fraction:.0%}", "dispatch", moh))
-  if length <= config.dense_limit:
+  if length <= config.dense_limit and not config.stride:
     listed.append(Variant("dense", "dense", heads(1.0)))
   return listed
 
@@ -113,6 +124,7 @@ def make_runs(
       width,
       num_kv_heads=config.kv_heads,
       moh=variant.moh,
+      pattern=pattern_of(config),
       rope_theta=10_000.0,
       use_bias=False,
       dtype=dtype,
@@ -154,12 +166,26 @@ def interleave(runs: dict[str, Run], rounds: int) -> dict[str, list[float]]:
   return times
 
 
+def pattern_of(config: BenchConfig) -> s2.Pattern | None:
+  """What each head sees; None is everything."""
+  if not config.stride:
+    return None
+  return s2.strided(
+    config.heads,
+    num_kv_heads=config.kv_heads,
+    local_blocks=8,
+    vertical_stride=config.stride,
+  )
+
+
 def ideal_ratio(config: BenchConfig, length: int, moh: MoHConfig) -> float:
   """All heads over active heads, in FLOPs of the whole layer."""
+  pattern = pattern_of(config)
+  visible = (length + 1) / 2 * (pattern.density(length) if pattern else 1)
 
   def flops(heads: int) -> float:  # Per token and head size, 2 per MAC.
     width = config.heads * config.head_dim
-    per_head = 4 * width + 4 * (length + 1) / 2  # Q and O; logits and values.
+    per_head = 4 * width + 4 * visible  # Q and O; logits and values.
     return heads * per_head + config.kv_heads * 4 * width
 
   return flops(config.heads) / flops(moh.num_active)

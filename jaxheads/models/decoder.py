@@ -109,7 +109,7 @@ class DecoderBlock(nnx.Module):
       out_kernel_init=_residual_init(config),
       use_bias=False,
       decode=False,
-      execution=config.execution if context is None else None,
+      execution=None if plan is None and context else config.execution,
       implementation=implementation,
       rngs=rngs,
     )

@@ -12,6 +12,8 @@ from jaxheads.moh._dense import attention_mask, dense_attention
 from jaxheads.moh._routing import Routing
 from jaxheads.rope import apply_rope, rope_angles, rotate
 from jaxheads.sharding import per_device
+from pallas_kernels.head_attention import HeadContexts
+from pallas_kernels.head_attention.reference import visible
 from pallas_kernels.packing import Packing, gather_rows, pack
 from pallas_kernels.routed_attention import routed_attention
 from pallas_kernels.routed_attention.tiling import default_tiling
@@ -19,11 +21,13 @@ from pallas_kernels.routed_projection import project_in, project_out
 from pallas_kernels.shapes import check_shape
 
 Execution = Literal["dense", "dispatch"]
-Implementation = Literal["reference", "xla"]
+Implementation = Literal["reference", "xla", "mosaic_tpu"]
 
 # Query length from which dispatch of half the heads is no slower, on a CPU,
 # than computing every head densely: `experiments/bench_moh.py --lengths 256`.
 CPU_DISPATCH_LENGTH = 256
+# The same where heads have contexts: `experiments/bench_moh.py --stride 16`.
+CPU_SHARDED_DISPATCH_LENGTH = 2048
 
 
 class _Tokens(NamedTuple):
@@ -54,6 +58,7 @@ class _Options(NamedTuple):
 
   num_active: int
   rope_theta: float | None
+  pattern: HeadContexts | None
   is_causal: bool
   scale: float
   implementation: Implementation | None
@@ -72,6 +77,7 @@ def moh_attention(
   q: Float[Array, "B T N H"] | None = None,
   rope_theta: float | None = None,
   q_positions: Int[Array, "B T"] | None = None,
+  pattern: HeadContexts | None = None,
   is_causal: bool = False,
   q_offset: Int[Array, ""] | int = 0,
   mask: Bool[Array, "#B #N #T S"] | None = None,
@@ -100,7 +106,10 @@ def moh_attention(
     q: Finished queries (projected, normalised, rotated), instead of `w_q`.
     rope_theta: Base of RoPE; `None` for no RoPE. Not used with `q`.
     q_positions: Positions for RoPE; `None` means 0 .. T - 1.
-    is_causal: Query t sees keys s <= t + `q_offset`.
+    pattern: What each head sees, see `jaxheads.s2`; a routed head then has a
+      sharded context. `None` is all keys.
+    is_causal: Query t sees keys s <= t + `q_offset`; a causal `pattern` says
+      so by itself.
     q_offset: Index, among the keys, of the first query.
     mask: True where a query may attend; broadcastable.
     q_segment_ids, kv_segment_ids: Queries see keys of their own segment;
@@ -112,7 +121,8 @@ def moh_attention(
       "dispatch" computes queries, attention and output projection for the
       active pairs only. `None` takes the faster one for the backend and
       length. Both are exact.
-    implementation: Kernel of the dispatch; `None` takes the best available.
+    implementation: Kernel of the dispatch: "reference", "xla", "mosaic_tpu"
+      (TPU); `None` takes the best available.
 
   Returns:
     Output in x's dtype. A query that sees no key contributes 0.
@@ -138,12 +148,15 @@ def moh_attention(
   options = _Options(
     num_active=sizes["N"] if routing is None else num_active,
     rope_theta=rope_theta,
+    pattern=pattern and pattern.with_causality(is_causal),
     is_causal=is_causal,
     scale=sizes["H"] ** -0.5 if scale is None else scale,
     implementation=implementation,
   )
   if execution is None:
-    execution = choose_execution(sizes["T"], weights_fn)
+    execution = choose_execution(
+      sizes["T"], weights_fn, has_pattern=pattern is not None
+    )
   if execution == "dense":
     return _dense(tokens, weights, options, weights_fn)
   if weights_fn is not None:
@@ -160,12 +173,16 @@ def moh_attention(
 
 
 def choose_execution(
-  length: int, weights_fn: Callable[[Array], Array] | None = None
+  length: int,
+  weights_fn: Callable[[Array], Array] | None = None,
+  *,
+  has_pattern: bool = False,
 ) -> Execution:
   """The faster exact execution for this backend and query length."""
   if weights_fn is not None or jax.default_backend() != "cpu":
     return "dense"
-  return "dispatch" if length >= CPU_DISPATCH_LENGTH else "dense"
+  least = CPU_SHARDED_DISPATCH_LENGTH if has_pattern else CPU_DISPATCH_LENGTH
+  return "dispatch" if length >= least else "dense"
 
 
 def _dense(
@@ -181,7 +198,11 @@ def _dense(
     q = q if weights.b_q is None else q + weights.b_q[None, None]
     if options.rope_theta is not None:
       q = apply_rope(q, q_positions, theta=options.rope_theta)
-  visible = attention_mask(
+  if options.pattern is not None:
+    positions = jnp.arange(x.shape[1]) + weights.q_offset
+    of_pattern = visible(options.pattern, positions, k.shape[1])[None]
+    mask = of_pattern if mask is None else of_pattern & mask
+  seen = attention_mask(
     x.shape[1],
     k.shape[1],
     is_causal=options.is_causal,
@@ -191,7 +212,7 @@ def _dense(
     kv_segment_ids=kv_segment_ids,
   )
   out = dense_attention(
-    q, k, v, mask=visible, scale=options.scale, weights_fn=weights_fn
+    q, k, v, mask=seen, scale=options.scale, weights_fn=weights_fn
   )
   if routing is not None:
     out = _gate(out, routing.gates)
@@ -212,10 +233,11 @@ def _dispatch(
   packing = pack(
     active, num_active=options.num_active, block_rows=tiling.block_q
   )
-  implementation = options.implementation
+  by_definition = options.implementation == "reference"
+  projection = "reference" if by_definition else None
   if q is None:
     assert weights.w_q is not None
-    rows = project_in(x, weights.w_q, packing, implementation=implementation)
+    rows = project_in(x, weights.w_q, packing, implementation=projection)
     if weights.b_q is not None:
       rows = _add_per_head(rows, weights.b_q, packing)
     if options.rope_theta is not None:
@@ -228,6 +250,7 @@ def _dispatch(
     k,
     v,
     packing,
+    pattern=options.pattern,
     scale=options.scale,
     is_causal=options.is_causal,
     q_offset=weights.q_offset,
@@ -235,11 +258,11 @@ def _dispatch(
     q_segment_ids=q_segment_ids,
     kv_segment_ids=kv_segment_ids,
     tiling=tiling,
-    implementation=implementation,
+    implementation=options.implementation,
   )
   if routing is not None:
     rows = _gate(rows, gather_rows(routing.gates, packing))
-  return project_out(rows, weights.w_o, packing, implementation=implementation)
+  return project_out(rows, weights.w_o, packing, implementation=projection)
 
 
 def _gate(

@@ -20,7 +20,6 @@ from jaxheads.nn import _cache, _checks, _dropout, _routing
 from jaxheads.nn._patterned import (
   dense_mask,
   patterned_attention,
-  with_causality,
 )
 from jaxheads.nn._variables import AuxLoss, RoutingStats
 from jaxheads.rope import apply_rope
@@ -113,8 +112,8 @@ class HeadAttention(nnx.Module):
       use_bias: Whether the projections have biases. The router never has.
       decode: Default of the call's argument: use the cache.
       normalize_qk: Layer-normalise queries and keys per head.
-      execution: See `jaxheads.moh.moh_attention`; with a `pattern`, "dense"
-        or None.
+      execution: See `jaxheads.moh.moh_attention`; with a `pattern` and no
+        `moh`, "dense" or None.
       implementation: See `jaxheads.moh.moh_attention`, or with a `pattern`
         `jaxheads.attention`.
       keep_rngs: Keep a fork of `rngs` for dropout.
@@ -445,20 +444,21 @@ class HeadAttention(nnx.Module):
     if sow_weights and routing is not None:
       self.sow(nnx.Intermediate, "gates", routing.gates)
     implementation = self.implementation
-    if self.pattern is not None:
+    pattern = self.pattern
+    if pattern is not None and execution == "dense":
       if weights_fn is None and visibility["mask"] is None:
         del visibility["mask"]
         return patterned_attention(
           k=k,
           v=v,
           gates=None if routing is None else routing.gates,
-          pattern=self.pattern,
+          pattern=pattern,
           implementation=implementation,
           **kernels,
           **visibility,
         )
       visibility["mask"] = dense_mask(
-        with_causality(self.pattern, visibility["is_causal"]),
+        pattern.with_causality(visibility["is_causal"]),
         visibility["mask"],
         shape=(x.shape[0], x.shape[1], k.shape[1]),
         q_offset=visibility["q_offset"],
@@ -470,7 +470,7 @@ class HeadAttention(nnx.Module):
           else "`mask`"
         ),
       )
-      implementation = None
+      pattern = implementation = None
     return moh_attention(
       x_in,
       k,
@@ -478,6 +478,7 @@ class HeadAttention(nnx.Module):
       routing=routing,
       num_active=self.num_heads if self.moh is None else self.moh.num_active,
       q_positions=q_positions,
+      pattern=pattern,
       weights_fn=weights_fn,
       execution=execution,
       implementation=implementation,  # type: ignore[arg-type]
@@ -491,10 +492,11 @@ class HeadAttention(nnx.Module):
       and self.moh.router == "query_norm"
       and self.moh.straight_through == "dense"
     )
-    if needs_weights or unselected_heads_learn or self.pattern is not None:
+    all_heads_sharded = self.pattern is not None and self.moh is None
+    if needs_weights or unselected_heads_learn or all_heads_sharded:
       return "dense"
     if self.execution is None:
-      return choose_execution(length)
+      return choose_execution(length, has_pattern=self.pattern is not None)
     return self.execution
 
   def _route(

@@ -7,7 +7,6 @@ from typing import Any
 from flax import nnx
 from jaxtyping import Array, Float
 
-from jaxheads.nn._patterned import with_causality
 from pallas_kernels.head_attention import HeadContexts, head_attention
 
 
@@ -87,7 +86,7 @@ class _PatternedAttentionFn:
       q,
       k,
       v,
-      pattern=with_causality(self.pattern, is_causal),
+      pattern=self.pattern.with_causality(is_causal),
       q_offset=0,
       implementation=self.implementation,
     )

@@ -45,10 +45,10 @@ def check_sizes(
       "`rope_theta` needs an even head size, got `qkv_features` // "
       f"`num_heads` = {qkv_features // num_heads}."
     )
-  if pattern is not None and execution == "dispatch":
+  if pattern is not None and moh is None and execution == "dispatch":
     raise ValueError(
-      "`execution` must be None or 'dense' with a `pattern`, whose heads are "
-      "all computed, got 'dispatch'."
+      "`execution` must be None or 'dense' with a `pattern` and no `moh`: all "
+      "heads are computed, got 'dispatch'."
     )
 
 

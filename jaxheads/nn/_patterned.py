@@ -1,6 +1,5 @@
 """Heads with a context each, through the kernels or as one dense mask."""
 
-import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -34,13 +33,6 @@ class _Shared(NamedTuple):
 
   w_o: Float[Array, "N H Dout"]
   q_offset: Int[Array, ""]  # Not used where it is static.
-
-
-def with_causality(pattern: HeadContexts, is_causal: bool) -> HeadContexts:
-  """The pattern, causal also if the caller says so."""
-  if is_causal and not pattern.is_causal:
-    return dataclasses.replace(pattern, is_causal=True)
-  return pattern
 
 
 def patterned_attention(
@@ -80,7 +72,7 @@ def patterned_attention(
   shared = _Shared(w_o, jnp.asarray(q_offset, jnp.int32))
   run = functools.partial(
     _run,
-    pattern=with_causality(pattern, is_causal),
+    pattern=pattern.with_causality(is_causal),
     q_offset=static,
     implementation=implementation,
   )

@@ -175,6 +175,10 @@ def test_what_no_head_sees_has_no_gradient():
 
 
 @pytest.mark.parametrize(
+  ("execution", "implementation"),
+  [("dense", "reference"), ("dispatch", "xla")],
+)
+@pytest.mark.parametrize(
   "moh",
   [
     MOH,
@@ -183,8 +187,16 @@ def test_what_no_head_sees_has_no_gradient():
   ],
   ids=["two stage", "norm", "norm, dense gradient"],
 )
-def test_routed_and_sharded_is_masked_then_gated(moh):
-  module = make(PER_HEAD, moh=moh, rope_theta=100.0)
+def test_routed_and_sharded_is_masked_then_gated(
+  moh, execution, implementation
+):
+  module = make(
+    PER_HEAD,
+    moh=moh,
+    rope_theta=100.0,
+    execution=execution,
+    implementation=implementation,
+  )
   twin = unmasked_twin(module)
   x, d_out = normal(B, T, D), normal(B, T, D, seed=1)
   mask = np.broadcast_to(PER_HEAD.to_dense(T), (B, N, T, T))
