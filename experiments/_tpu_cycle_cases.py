@@ -28,6 +28,9 @@ from pallas_kernels.head_attention import (
   Tiling,
   head_attention,
 )
+from pallas_kernels.packing import gather_rows, pack, scatter_rows
+from pallas_kernels.routed_attention import routed_attention
+from pallas_kernels.routed_attention.tiling import Tiling as RoutedTiling
 
 HEAD_SIZE = 128
 # Splash attention takes masks token by token; its code does not know the
@@ -41,7 +44,8 @@ class Case:
 
   Attributes:
     chip: As in `aot.compile_for`.
-    kernel: "ours", "splash fused" or "splash unfused" (its backward).
+    kernel: "ours", "routed" (ours on packed rows), "splash fused" or "splash
+      unfused" (its backward).
     mask: "causal"; "none" (splash only); "s2", heads that differ in their
       residue.
     block_q, block_kv: The tile.
@@ -80,6 +84,16 @@ class Problem:
       ),
     )
 
+  def density(self) -> float:
+    """Visible pairs of blocks over those of causal attention."""
+    blocks = range(self.length // self.block)
+    pattern = self.pattern()
+    kept = sum(
+      int(pattern.block_mask(rule, blocks, blocks).sum())
+      for rule in pattern.rules
+    )
+    return kept / (self.heads * len(blocks) * (len(blocks) + 1) // 2)
+
 
 Schedules = list[bundles.Schedule]
 
@@ -95,8 +109,8 @@ def compile_case(case: Case, problem: Problem) -> Schedules | str:
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
     jax.config.update("jax_platforms", "cpu")
-    make = _ours if case.kernel == "ours" else _splash
-    attention, shape = make(case, problem)
+    makers = {"ours": _ours, "routed": _routed}
+    attention, shape = makers.get(case.kernel, _splash)(case, problem)
 
     def both(q: Any, k: Any, v: Any, d_out: Any) -> Any:
       return jax.vjp(attention, q, k, v)[1](d_out)
@@ -109,17 +123,47 @@ def compile_case(case: Case, problem: Problem) -> Schedules | str:
     return bundles.read_dump(pathlib.Path(folder), "head_attention|splash_mha")
 
 
-def _ours(case: Case, problem: Problem) -> tuple[Any, tuple[int, ...]]:
-  pattern = problem.pattern(2)
-  if case.mask == "causal":
-    pattern = HeadContexts(problem.block, (Strided(local=1, stride=1),) * 2)
+def routed_tiling(case: Case) -> RoutedTiling:
+  """The case's tile; there is no other one on a TPU."""
+  return RoutedTiling(
+    block_q=case.block_q, block_kv=case.block_kv, block_edge=case.block_kv
+  )
 
+
+def _routed(case: Case, problem: Problem) -> tuple[Any, tuple[int, ...]]:
+  tiling = routed_tiling(case)
+
+  def attention(q: Any, k: Any, v: Any) -> Any:
+    # Some data that the compiler cannot know.
+    packing = pack(q[..., 0] > 0, num_active=2, block_rows=tiling.block_q)
+    rows = routed_attention(
+      gather_rows(q, packing),
+      k,
+      v,
+      packing,
+      pattern=_pattern(case, problem),
+      tiling=tiling,
+      implementation="mosaic_tpu",
+    )
+    return scatter_rows(rows, packing)
+
+  return attention, (1, problem.length, 2, HEAD_SIZE)
+
+
+def _pattern(case: Case, problem: Problem) -> HeadContexts:
+  """Of two heads."""
+  if case.mask == "causal":
+    return HeadContexts(problem.block, (Strided(local=1, stride=1),) * 2)
+  return problem.pattern(2)
+
+
+def _ours(case: Case, problem: Problem) -> tuple[Any, tuple[int, ...]]:
   def attention(q: Any, k: Any, v: Any) -> Any:
     return head_attention(
       q,
       k,
       v,
-      pattern=pattern,
+      pattern=_pattern(case, problem),
       tiling=Tiling(block_q=case.block_q, block_kv=case.block_kv),
       implementation="mosaic_tpu",
     )

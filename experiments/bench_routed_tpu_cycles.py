@@ -1,0 +1,346 @@
+"""Counts TPU cycles of routed attention, without a TPU.
+
+    python -m experiments.bench_routed_tpu_cycles                # all chips
+    python -m experiments.bench_routed_tpu_cycles --chips v5e
+
+Our kernel on packed rows against the same kernel with all heads on, compiled
+with the real TPU compiler (see `bench_tpu_cycles.py`): one full tile at equal
+tile sizes, and a whole problem with half of the heads active (a quarter of them
+shared, the others picked at random), both at their best tile sizes. To the
+routed side is added the time to gather queries and to scatter outputs, at the
+memory's full speed; making the work lists is not counted. Needs
+`pip install 'jaxheads[aot]'`.
+"""
+
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import rich.console
+import tyro
+
+from experiments._tpu_cycle_cases import (
+  HEAD_SIZE,
+  Case,
+  Problem,
+  Schedules,
+  routed_tiling,
+)
+from experiments._tpu_cycle_costs import cycles, kernels, our_cost
+from experiments.bench_tpu_cycles import (
+  DIRECTIONS,
+  LEAST,
+  TPUS,
+  Cells,
+  Results,
+  compile_all,
+  environment,
+  our_tiles,
+  show,
+)
+from jaxheads.errors import UserError, one_line_errors
+from jaxheads.moh import MoHConfig
+from pallas_kernels.head_attention.mosaic_tpu.items import EDGE, FAR, FIRST
+from pallas_kernels.packing import Packing, pack
+from pallas_kernels.routed_attention.mosaic_tpu import implementation, worklist
+from pallas_kernels.routed_attention.operands import Operands, Settings
+
+MASKS = ("causal", "s2")
+TILES = (512, 1024)
+# Bytes that the memory delivers in a cycle of a core: published bandwidth, of
+# v4, v5p and tpu7x half, over the clocks that `_tpu_cycle_costs.py` names.
+BYTES_PER_CYCLE = {
+  "v4": 1228 / 2 / 1.05,
+  "v5e": 819 / 1.5,
+  "v5p": 2765 / 2 / 1.75,
+  "v6e": 1640 / 1.75,
+  "tpu7x": 7380 / 2 / 1.75,
+}
+# Of the queries' size: read by half and written by half; then the same for the
+# outputs, all of which are written. Backward does both twice.
+MOVED = {"forward": 2.5, "backward": 5.0}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BenchConfig:
+  """Counts TPU cycles of routed attention."""
+
+  chips: tuple[str, ...] = TPUS
+  """Chips to compile for."""
+  active: float = 0.5
+  """Fraction of active heads."""
+  workers: int = 2
+  """Compilers that run at once; each takes about 2 GB."""
+  json: pathlib.Path | None = pathlib.Path(
+    "experiments/results/bench_routed_tpu_cycles.json"
+  )
+  """Where to write the figures as JSON."""
+  markdown: bool = False
+  """Print the table as Markdown."""
+
+  def __post_init__(self) -> None:
+    for chip in self.chips:
+      if chip not in TPUS:
+        raise UserError(
+          f"`--chips` must be among {', '.join(TPUS)}, got {chip!r}."
+        )
+    if not 0 < self.active <= 1:
+      raise UserError(f"`--active` must be in (0, 1], got {self.active}.")
+    if self.workers < 1:
+      raise UserError(f"`--workers` must be at least 1, got {self.workers}.")
+
+
+def cases(chips: tuple[str, ...]) -> list[Case]:
+  """Everything to compile."""
+  return [
+    Case(chip, kernel, mask, size, size)
+    for chip in chips
+    for kernel in ("ours", "routed")
+    for mask in MASKS
+    for size in TILES
+  ]
+
+
+def picks(problem: Problem, active: float, block_rows: int) -> Packing:
+  """The rows of one sequence whose tokens pick their heads at random."""
+  moh = MoHConfig.from_fraction(problem.heads, active)
+  random = np.random.default_rng(0).random((problem.length, moh.num_routed))
+  chosen = np.argsort(random, axis=1)[:, : moh.top_k] + moh.num_shared
+  mask = np.zeros((1, problem.length, problem.heads), bool)
+  mask[..., : moh.num_shared] = True
+  mask[0, np.arange(problem.length)[:, None], chosen] = True
+  return pack(
+    jnp.asarray(mask), num_active=moh.num_active, block_rows=block_rows
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class Visits:
+  """What one kernel visits.
+
+  Attributes:
+    kinds: Tiles of each kind that it has code for, in the order of the code.
+    outputs: Output tiles.
+  """
+
+  kinds: tuple[int, ...]
+  outputs: int
+
+  @classmethod
+  def of(cls, work: worklist.Worklist) -> "Visits":
+    """Of a list."""
+    flags = np.asarray(work.tiles)[: int(work.length)]
+    kind = flags & (FAR | EDGE)
+    return cls(
+      tuple(int((kind == each).sum()) for each in work.kinds),
+      int((flags & FIRST).astype(bool).sum()),
+    )
+
+
+def routed_visits(
+  case: Case, problem: Problem, active: float
+) -> dict[str, list[Visits]]:
+  """What the kernels of each direction visit, in program order."""
+  packing = picks(problem, active, case.block_q)
+
+  def shape(*sizes: int) -> Any:
+    return jax.ShapeDtypeStruct(sizes, jnp.bfloat16)
+
+  keys = shape(1, problem.length, problem.heads, HEAD_SIZE)
+  operands = Operands(
+    shape(packing.num_rows, HEAD_SIZE),
+    keys,
+    keys,
+    packing,
+    jnp.int32(0),
+    None,
+    None,
+    None,
+  )
+  settings = Settings(
+    pattern=problem.pattern() if case.mask == "s2" else None,
+    is_causal=True,
+    scale=1.0,
+    tiling=routed_tiling(case),
+  )
+  (run,) = implementation.make_runs(settings, operands)
+  backward = [worklist.by_near_tile(*run)]
+  if worklist.far_tiles(run.layout):
+    backward.append(worklist.by_far_tile(*run))
+  return {
+    "forward": [Visits.of(worklist.by_block(*run))],
+    "backward": [Visits.of(work) for work in backward],
+  }
+
+
+def routed_cost(
+  case: Case, schedules: Schedules, visits: list[Visits], direction: str
+) -> float:
+  """Cycles of the kernels of a direction."""
+  total = 0.0
+  for schedule, each in zip(kernels(schedules, direction), visits, strict=True):
+    for count, body in zip(each.kinds, schedule.tiles(), strict=True):
+      total += count * cycles(case, body, LEAST[direction])
+    total += sum(each.kinds) * schedule.step_bundles()
+    total += each.outputs * schedule.ends_bundles()
+  return total
+
+
+def full_tile(
+  results: Results, case: Case, problem: Problem, direction: str
+) -> float:
+  """Cycles of the dearest full tile of a case; infinite if there is none."""
+  if case.kernel == "ours":
+    tiles = our_tiles(results, case, problem, direction)
+    full = [tile.cycles for kind, tile in tiles.items() if "full" in kind]
+    return max(full, default=float("inf"))
+  found = results[case]
+  if isinstance(found, str):
+    return float("inf")
+  # Code without selections has no mask: products of two chunks each.
+  bodies = [
+    body
+    for schedule in kernels(found, direction)
+    for body in schedule.tiles()[: len(schedule.tiles()) // 2]
+  ]
+  return max(cycles(case, body, LEAST[direction]) for body in bodies)
+
+
+def rows_of(
+  results: Results, problem: Problem, active: float
+) -> list[dict[str, Any]]:
+  """A row a chip, direction and mask."""
+  ideal = MoHConfig.from_fraction(problem.heads, active).active_fraction
+  density = problem.density()
+  visits = {
+    (case.mask, case.block_q): routed_visits(case, problem, active)
+    for case in results
+    if case.kernel == "routed"
+  }
+  rows = []
+  for chip in dict.fromkeys(case.chip for case in results):
+    for direction in DIRECTIONS:
+      moved = (
+        MOVED[direction]
+        * (problem.length * problem.heads * HEAD_SIZE * 2)
+        / BYTES_PER_CYCLE[chip]
+      )
+      dense = None
+      for mask in MASKS:
+        ours, routed = {}, {}
+        for case, found in results.items():
+          if (case.chip, case.mask) != (chip, mask) or isinstance(found, str):
+            continue
+          size = case.block_q
+          if case.kernel == "ours":
+            ours[size] = our_cost(case, found, problem, direction).total
+          else:
+            routed[size] = routed_cost(
+              case, found, visits[mask, size][direction], direction
+            )
+        best = {
+          name: min(c, key=c.__getitem__)
+          for name, c in (("ours", ours), ("routed", routed))
+        }
+        cost = routed[best["routed"]] + moved
+        dense = dense or ours[best["ours"]]
+        fraction = ideal * (density if mask == "s2" else 1.0)
+        rows.append(
+          {
+            "chip": chip,
+            "direction": direction,
+            "mask": mask,
+            "full_tile": {
+              str(size): {
+                kernel: round(
+                  full_tile(
+                    results,
+                    Case(chip, kernel, mask, size, size),
+                    problem,
+                    direction,
+                  )
+                )
+                for kernel in ("ours", "routed")
+              }
+              for size in TILES
+              if size in ours and size in routed
+            },
+            "all_heads": round(ours[best["ours"]]),
+            "all_heads_tile": best["ours"],
+            "routed": round(routed[best["routed"]]),
+            "routed_tile": best["routed"],
+            "moved": round(moved),
+            "ratio": round(ours[best["ours"]] / cost, 3),
+            "ideal_ratio": round(1 / ideal, 3),
+            "over_ideal_pairs": round(cost / dense / fraction, 3),
+          }
+        )
+  return rows
+
+
+def cells(rows: list[dict[str, Any]]) -> Cells:
+  """The table, header first."""
+  table = [
+    "chip|direction|mask|full tile, 512|full tile, 1024|all heads, Mcycles|"
+    "routed|gather, scatter|ratio|ideal|cost : ideal pairs".split("|")
+  ]
+  for row in rows:
+    tiles = [row["full_tile"].get(str(size)) for size in TILES]
+    table.append(
+      [
+        row["chip"],
+        row["direction"],
+        row["mask"],
+        *(
+          f"{tile['routed']:,} / {tile['ours']:,}" if tile else "-"
+          for tile in tiles
+        ),
+        f"{row['all_heads'] / 1e6:.1f}",
+        f"{row['routed'] / 1e6:.1f}",
+        f"{row['moved'] / 1e6:.1f}",
+        f"{row['ratio']:.2f}x",
+        f"{row['ideal_ratio']:.2f}x",
+        f"{row['over_ideal_pairs']:.2f}",
+      ]
+    )
+  return table
+
+
+@one_line_errors
+def main() -> None:
+  config = tyro.cli(BenchConfig, description=__doc__)
+  console = rich.console.Console()
+  if not console.is_terminal:
+    console.width = 160  # The table is wide.
+  problem = Problem()
+  results = compile_all(
+    cases(config.chips),
+    problem,
+    config.workers,
+    rich.console.Console(stderr=True, highlight=False),
+  )
+  rows = rows_of(results, problem, config.active)
+  show(
+    console,
+    f"{config.active:.0%} of {problem.heads} heads, {problem.length:,} tokens",
+    cells(rows),
+    config.markdown,
+  )
+  if config.json is not None:
+    config.json.parent.mkdir(parents=True, exist_ok=True)
+    figures = {
+      "environment": environment(),
+      "problem": dataclasses.asdict(problem) | {"head_size": HEAD_SIZE},
+      "active": config.active,
+      "rows": rows,
+    }
+    config.json.write_text(json.dumps(figures, indent=2) + "\n")
+    console.print(f"wrote {config.json}")
+
+
+if __name__ == "__main__":
+  main()
