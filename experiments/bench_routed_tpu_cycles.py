@@ -13,14 +13,12 @@ memory's full speed; making the work lists is not counted. Needs
 """
 
 import dataclasses
-import json
 import pathlib
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import rich.console
 import tyro
 
 from experiments._tpu_cycle_cases import (
@@ -34,13 +32,12 @@ from experiments._tpu_cycle_costs import cycles, kernels, our_cost
 from experiments.bench_tpu_cycles import (
   DIRECTIONS,
   LEAST,
-  TPUS,
   Cells,
+  CycleConfig,
   Results,
-  compile_all,
-  environment,
   our_tiles,
   show,
+  wide_console,
 )
 from jaxheads.errors import UserError, one_line_errors
 from jaxheads.moh import MoHConfig
@@ -66,32 +63,20 @@ MOVED = {"forward": 2.5, "backward": 5.0}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class BenchConfig:
+class BenchConfig(CycleConfig):
   """Counts TPU cycles of routed attention."""
 
-  chips: tuple[str, ...] = TPUS
-  """Chips to compile for."""
   active: float = 0.5
   """Fraction of active heads."""
-  workers: int = 2
-  """Compilers that run at once; each takes about 2 GB."""
   json: pathlib.Path | None = pathlib.Path(
     "experiments/results/bench_routed_tpu_cycles.json"
   )
   """Where to write the figures as JSON."""
-  markdown: bool = False
-  """Print the table as Markdown."""
 
   def __post_init__(self) -> None:
-    for chip in self.chips:
-      if chip not in TPUS:
-        raise UserError(
-          f"`--chips` must be among {', '.join(TPUS)}, got {chip!r}."
-        )
+    super().__post_init__()
     if not 0 < self.active <= 1:
       raise UserError(f"`--active` must be in (0, 1], got {self.active}.")
-    if self.workers < 1:
-      raise UserError(f"`--workers` must be at least 1, got {self.workers}.")
 
 
 def cases(chips: tuple[str, ...]) -> list[Case]:
@@ -210,45 +195,51 @@ def full_tile(
   return max(cycles(case, body, LEAST[direction]) for body in bodies)
 
 
+@dataclasses.dataclass(frozen=True)
+class Best:
+  """The tile size that takes the fewest cycles."""
+
+  size: int
+  cycles: float
+
+  @classmethod
+  def of(cls, costs: dict[int, float]) -> "Best":
+    """Of cycles by tile size."""
+    size = min(costs, key=costs.__getitem__)
+    return cls(size, costs[size])
+
+
 def rows_of(
   results: Results, problem: Problem, active: float
 ) -> list[dict[str, Any]]:
   """A row a chip, direction and mask."""
   ideal = MoHConfig.from_fraction(problem.heads, active).active_fraction
-  density = problem.density()
+  visible = {"causal": 1.0, "s2": problem.density()}
   visits = {
-    (case.mask, case.block_q): routed_visits(case, problem, active)
-    for case in results
+    case: routed_visits(case, problem, active)
+    for case in cases(("any",))
     if case.kernel == "routed"
   }
   rows = []
   for chip in dict.fromkeys(case.chip for case in results):
     for direction in DIRECTIONS:
-      moved = (
-        MOVED[direction]
-        * (problem.length * problem.heads * HEAD_SIZE * 2)
-        / BYTES_PER_CYCLE[chip]
-      )
+      moved = MOVED[direction] * problem.length * problem.heads * HEAD_SIZE * 2
+      moved /= BYTES_PER_CYCLE[chip]
       dense = None
       for mask in MASKS:
         ours, routed = {}, {}
         for case, found in results.items():
           if (case.chip, case.mask) != (chip, mask) or isinstance(found, str):
             continue
-          size = case.block_q
           if case.kernel == "ours":
-            ours[size] = our_cost(case, found, problem, direction).total
+            cost = our_cost(case, found, problem, direction).total
+            ours[case.block_q] = cost
           else:
-            routed[size] = routed_cost(
-              case, found, visits[mask, size][direction], direction
-            )
-        best = {
-          name: min(c, key=c.__getitem__)
-          for name, c in (("ours", ours), ("routed", routed))
-        }
-        cost = routed[best["routed"]] + moved
-        dense = dense or ours[best["ours"]]
-        fraction = ideal * (density if mask == "s2" else 1.0)
+            what = visits[dataclasses.replace(case, chip="any")][direction]
+            routed[case.block_q] = routed_cost(case, found, what, direction)
+        all_heads, picked = Best.of(ours), Best.of(routed)
+        dense = dense or all_heads.cycles
+        cost = picked.cycles + moved
         rows.append(
           {
             "chip": chip,
@@ -256,27 +247,22 @@ def rows_of(
             "mask": mask,
             "full_tile": {
               str(size): {
-                kernel: round(
-                  full_tile(
-                    results,
-                    Case(chip, kernel, mask, size, size),
-                    problem,
-                    direction,
-                  )
-                )
+                kernel: round(full_tile(results, case, problem, direction))
                 for kernel in ("ours", "routed")
+                for case in (Case(chip, kernel, mask, size, size),)
               }
-              for size in TILES
-              if size in ours and size in routed
+              for size in sorted(ours.keys() & routed.keys())
             },
-            "all_heads": round(ours[best["ours"]]),
-            "all_heads_tile": best["ours"],
-            "routed": round(routed[best["routed"]]),
-            "routed_tile": best["routed"],
+            "all_heads": round(all_heads.cycles),
+            "all_heads_tile": all_heads.size,
+            "routed": round(picked.cycles),
+            "routed_tile": picked.size,
             "moved": round(moved),
-            "ratio": round(ours[best["ours"]] / cost, 3),
+            "ratio": round(all_heads.cycles / cost, 3),
             "ideal_ratio": round(1 / ideal, 3),
-            "over_ideal_pairs": round(cost / dense / fraction, 3),
+            "over_ideal_pairs": round(
+              cost / dense / (ideal * visible[mask]), 3
+            ),
           }
         )
   return rows
@@ -313,16 +299,9 @@ def cells(rows: list[dict[str, Any]]) -> Cells:
 @one_line_errors
 def main() -> None:
   config = tyro.cli(BenchConfig, description=__doc__)
-  console = rich.console.Console()
-  if not console.is_terminal:
-    console.width = 160  # The table is wide.
+  console = wide_console()
   problem = Problem()
-  results = compile_all(
-    cases(config.chips),
-    problem,
-    config.workers,
-    rich.console.Console(stderr=True, highlight=False),
-  )
+  results = config.compile(cases(config.chips), problem)
   rows = rows_of(results, problem, config.active)
   show(
     console,
@@ -330,16 +309,7 @@ def main() -> None:
     cells(rows),
     config.markdown,
   )
-  if config.json is not None:
-    config.json.parent.mkdir(parents=True, exist_ok=True)
-    figures = {
-      "environment": environment(),
-      "problem": dataclasses.asdict(problem) | {"head_size": HEAD_SIZE},
-      "active": config.active,
-      "rows": rows,
-    }
-    config.json.write_text(json.dumps(figures, indent=2) + "\n")
-    console.print(f"wrote {config.json}")
+  config.write(console, problem, active=config.active, rows=rows)
 
 
 if __name__ == "__main__":

@@ -62,16 +62,14 @@ LEAST = {"forward": 2, "backward": 5}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class BenchConfig:
-  """Counts TPU cycles of our kernel and of splash attention."""
+class CycleConfig:
+  """What to compile, and where the figures go."""
 
   chips: tuple[str, ...] = TPUS
   """Chips to compile for."""
   workers: int = 2
   """Compilers that run at once; each takes about 2 GB."""
-  json: pathlib.Path | None = pathlib.Path(
-    "experiments/results/bench_tpu_cycles.json"
-  )
+  json: pathlib.Path | None = None
   """Where to write the figures as JSON."""
   markdown: bool = False
   """Print the tables as Markdown."""
@@ -84,6 +82,36 @@ class BenchConfig:
         )
     if self.workers < 1:
       raise UserError(f"`--workers` must be at least 1, got {self.workers}.")
+
+  def compile(self, listed: list["Case"], problem: Problem) -> "Results":
+    """Every case; says how far it is."""
+    progress = rich.console.Console(stderr=True, highlight=False)
+    return compile_all(listed, problem, self.workers, progress)
+
+  def write(
+    self, console: rich.console.Console, problem: Problem, **figures: Any
+  ) -> None:
+    """Writes the figures, and what they depend on."""
+    if self.json is None:
+      return
+    self.json.parent.mkdir(parents=True, exist_ok=True)
+    record = {
+      "environment": environment(),
+      "problem": dataclasses.asdict(problem) | {"head_size": HEAD_SIZE},
+      **figures,
+    }
+    self.json.write_text(json.dumps(record, indent=2) + "\n")
+    console.print(f"wrote {self.json}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BenchConfig(CycleConfig):
+  """Counts TPU cycles of our kernel and of splash attention."""
+
+  json: pathlib.Path | None = pathlib.Path(
+    "experiments/results/bench_tpu_cycles.json"
+  )
+  """Where to write the figures as JSON."""
 
 
 Results = dict[Case, Schedules | str]
@@ -351,6 +379,14 @@ def show(
   console.print(table)
 
 
+def wide_console() -> rich.console.Console:
+  """One that wide tables fit on."""
+  console = rich.console.Console()
+  if not console.is_terminal:
+    console.width = 160
+  return console
+
+
 def environment() -> dict[str, str]:
   """What the figures depend on."""
   return {
@@ -362,16 +398,9 @@ def environment() -> dict[str, str]:
 @one_line_errors
 def main() -> None:
   config = tyro.cli(BenchConfig, description=__doc__)
-  console = rich.console.Console()
-  if not console.is_terminal:
-    console.width = 160  # The tables are wide.
+  console = wide_console()
   problem = Problem()
-  results = compile_all(
-    cases(config.chips),
-    problem,
-    config.workers,
-    rich.console.Console(stderr=True, highlight=False),
-  )
+  results = config.compile(cases(config.chips), problem)
   tiles, whole = tile_rows(results, problem), whole_rows(results, problem)
   show(
     console,
@@ -386,16 +415,7 @@ def main() -> None:
     whole_cells(whole),
     config.markdown,
   )
-  if config.json is not None:
-    config.json.parent.mkdir(parents=True, exist_ok=True)
-    figures = {
-      "environment": environment(),
-      "problem": dataclasses.asdict(problem) | {"head_size": HEAD_SIZE},
-      "tiles": tiles,
-      "whole": whole,
-    }
-    config.json.write_text(json.dumps(figures, indent=2) + "\n")
-    console.print(f"wrote {config.json}")
+  config.write(console, problem, tiles=tiles, whole=whole)
 
 
 if __name__ == "__main__":

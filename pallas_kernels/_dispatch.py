@@ -1,5 +1,6 @@
 """The one place that picks an implementation."""
 
+import importlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -71,6 +72,45 @@ def first_that_fits(
     if not _wrong_platform(candidate) and not refusal(candidate):
       return candidate
   raise AssertionError(f"{order[-1]} must not refuse")
+
+
+def load(operation: str, name: str) -> Any:
+  """The module of an implementation of `pallas_kernels.<operation>`."""
+  # Imported when used: Pallas and its backends take a while, and not every
+  # installation has every backend.
+  return importlib.import_module(f"pallas_kernels.{operation}.{name}")
+
+
+def choose(
+  operation: str,
+  name: str | None,
+  settings: Any,
+  operands: Any,
+  *,
+  order: Sequence[str],
+  named: Sequence[str],
+) -> str:
+  """Name of the implementation to run, of modules that have a `refusal`.
+
+  Args:
+    operation: Folder of `pallas_kernels`.
+    name: What the caller asked for; `None` for the best one.
+    settings, operands: What `refusal` looks at.
+    order: From best to the one that covers everything.
+    named: What can be asked for; "reference" never refuses.
+
+  Raises:
+    ValueError: There is no implementation of that name.
+    NotImplementedError: The named one refuses; the message says why.
+  """
+
+  def refusal(candidate: str) -> str | None:
+    if candidate == "reference":
+      return None
+    reason: str | None = load(operation, candidate).refusal(settings, operands)
+    return reason
+
+  return first_that_fits(order if name is None else named, name, refusal)
 
 
 def _wrong_platform(name: str) -> str | None:

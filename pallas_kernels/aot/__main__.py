@@ -181,7 +181,7 @@ def _choice(
   )
   offset = jax.ShapeDtypeStruct((), jnp.int32)
   operands = Operands(q, k, v, None, None, offset)  # type: ignore[arg-type]
-  name = api._choose(implementation, settings, operands)
+  name = api.choose(implementation, settings, operands)
   if tiling is None:
     return name, "chosen by the implementation"
   return name, f"{tiling.block_q} queries x {tiling.block_kv} keys"

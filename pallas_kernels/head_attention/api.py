@@ -1,7 +1,6 @@
 """Public door of head attention."""
 
 import functools
-import importlib
 from typing import Any, cast
 
 import jax
@@ -23,6 +22,7 @@ from pallas_kernels.shapes import check_shape
 # were never shown right on a GPU: mosaic_gpu, which must be asked for by name.
 _ORDER = ("mosaic_tpu", "triton", "xla")
 _NAMED = (*_ORDER, "mosaic_gpu", "reference")
+_OPERATION = "head_attention"
 
 
 def head_attention(
@@ -107,7 +107,7 @@ def head_attention(
   operands = Operands(
     q, k, v, q_segment_ids, kv_segment_ids, jnp.asarray(q_offset, jnp.int32)
   )
-  name = _choose(implementation, settings, operands)
+  name = choose(implementation, settings, operands)
   if name == "reference":
     out, lse = reference.attention(settings, operands)
   else:
@@ -119,29 +119,15 @@ def head_attention(
   return out
 
 
-def _choose(name: str | None, settings: Settings, operands: Operands) -> str:
-  if name in ("reference", "mosaic_gpu"):
-    order: tuple[str, ...] = _NAMED
-  else:
-    order = _ORDER
-    if name is not None:
-      _dispatch.check_name(name, _NAMED)
-
-  def refusal(candidate: str) -> str | None:
-    if candidate == "reference":
-      return None
-    return _module(candidate).refusal(settings, operands)
-
-  return _dispatch.first_that_fits(order, name, refusal)
+def choose(name: str | None, settings: Settings, operands: Operands) -> str:
+  """Name of the implementation to run; looks at shapes and dtypes only."""
+  return _dispatch.choose(
+    _OPERATION, name, settings, operands, order=_ORDER, named=_NAMED
+  )
 
 
 def _module(name: str) -> Implementation:
-  # Imported when used: Pallas and its backends take a while, and not every
-  # installation has every backend.
-  return cast(
-    Implementation,
-    importlib.import_module(f"pallas_kernels.head_attention.{name}"),
-  )
+  return cast(Implementation, _dispatch.load(_OPERATION, name))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import importlib
 from typing import Any, cast
 
 import jax
@@ -24,6 +23,7 @@ from pallas_kernels.shapes import check_shape
 # From best to the one that covers everything.
 _ORDER = ("mosaic_tpu", "xla")
 _NAMED = (*_ORDER, "reference")
+_OPERATION = "routed_attention"
 
 
 def routed_attention(
@@ -122,7 +122,14 @@ def routed_attention(
     q_segment_ids,
     kv_segment_ids,
   )
-  name = _choose(implementation, settings, operands)
+  name = _dispatch.choose(
+    _OPERATION,
+    implementation,
+    settings,
+    operands,
+    order=_ORDER,
+    named=_NAMED,
+  )
   if name == "reference":
     return reference.attention(settings, operands)
   return _attend(name, settings, operands)
@@ -139,25 +146,8 @@ def _check_pattern(
   pattern.check_lengths(q_end, kv_length)
 
 
-def _choose(name: str | None, settings: Settings, operands: Operands) -> str:
-  if name is not None:
-    _dispatch.check_name(name, _NAMED)
-
-  def refusal(candidate: str) -> str | None:
-    if candidate == "reference":
-      return None
-    return _module(candidate).refusal(settings, operands)
-
-  order = _NAMED if name == "reference" else _ORDER
-  return _dispatch.first_that_fits(order, name, refusal)
-
-
 def _module(name: str) -> Implementation:
-  # Imported when used: not every installation has every backend of Pallas.
-  return cast(
-    Implementation,
-    importlib.import_module(f"pallas_kernels.routed_attention.{name}"),
-  )
+  return cast(Implementation, _dispatch.load(_OPERATION, name))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
