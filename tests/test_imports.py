@@ -19,6 +19,7 @@ PUBLIC = [
   "jaxheads.attention",
   "jaxheads.data",
   "jaxheads.errors",
+  "jaxheads.flops",
   "jaxheads.models",
   "jaxheads.moh",
   "jaxheads.nn",
