@@ -152,8 +152,24 @@ def _gather_rows_bwd(packing: Packing, rows: Array) -> tuple[Any, None]:
 gather_rows.defvjp(_gather_rows_fwd, _gather_rows_bwd)
 
 
+@jax.custom_vjp
 def scatter_rows(
   rows: Shaped[Array, "rows *rest"], packing: Packing
 ) -> Shaped[Array, "B T N *rest"]:
-  """Dense array of the packed rows; 0 for inactive pairs."""
+  """Dense array of the packed rows; 0 for inactive pairs.
+
+  Differentiable in `rows`; both ways are gathers, which TPUs compile faster
+  than scatters.
+  """
   return rows.at[packing.row_of].get(mode="fill", fill_value=0)
+
+
+def _scatter_rows_fwd(rows: Array, packing: Packing) -> tuple[Array, Packing]:
+  return scatter_rows(rows, packing), packing
+
+
+def _scatter_rows_bwd(packing: Packing, values: Array) -> tuple[Any, None]:
+  return gather_rows(values, packing), None
+
+
+scatter_rows.defvjp(_scatter_rows_fwd, _scatter_rows_bwd)

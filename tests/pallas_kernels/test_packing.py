@@ -85,6 +85,22 @@ def test_gather_and_scatter_are_inverse_on_active_pairs():
   )
 
 
+def test_the_gradient_of_scatter_is_what_jax_derives():
+  mask = np.random.default_rng(0).random((2, 7, 3)) < 0.5
+  packing = pack(jnp.asarray(mask), num_active=3, block_rows=4)
+  rows = jax.random.normal(jax.random.key(0), (packing.num_rows, 2))
+  d_values = jax.random.normal(jax.random.key(1), (2, 7, 3, 2))
+
+  def derived(rows):
+    return rows.at[packing.row_of].get(mode="fill", fill_value=0)
+
+  gradients = [
+    jax.vjp(scatter, rows)[1](d_values)[0]
+    for scatter in (lambda rows: scatter_rows(rows, packing), derived)
+  ]
+  np.testing.assert_array_equal(*gradients)
+
+
 @pytest.mark.parametrize(
   ("settings", "named"),
   [
