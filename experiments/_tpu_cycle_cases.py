@@ -5,10 +5,12 @@ its flags once.
 """
 
 import dataclasses
+import functools
 import os
 import pathlib
 import tempfile
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +30,7 @@ from pallas_kernels.head_attention import (
   Tiling,
   head_attention,
 )
-from pallas_kernels.packing import gather_rows, pack, scatter_rows
+from pallas_kernels.packing import pack
 from pallas_kernels.routed_attention import routed_attention
 from pallas_kernels.routed_attention.tiling import Tiling as RoutedTiling
 
@@ -110,14 +112,20 @@ def compile_case(case: Case, problem: Problem) -> Schedules | str:
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
     jax.config.update("jax_platforms", "cpu")
     makers = {"ours": _ours, "routed": _routed}
-    attention, shape = makers.get(case.kernel, _splash)(case, problem)
+    program = makers.get(case.kernel, _splash)(case, problem)
 
-    def both(q: Any, k: Any, v: Any, d_out: Any) -> Any:
+    def both(q: Any, k: Any, v: Any, d_out: Any, rest: Any) -> Any:
+      def attention(q: Any, k: Any, v: Any) -> Any:
+        return program.attention(q, k, v, *rest)
+
       return jax.vjp(attention, q, k, v)[1](d_out)
 
-    x = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+    q, keys = (
+      jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+      for shape in (program.queries, program.keys)
+    )
     try:
-      aot.compile_for(case.chip, both, x, x, x, x)
+      aot.compile_for(case.chip, both, q, keys, keys, q, program.rest)
     except (aot.DoesNotCompile, NotImplementedError) as error:
       return str(error)
     return bundles.read_dump(pathlib.Path(folder), "head_attention|splash_mha")
@@ -130,14 +138,32 @@ def routed_tiling(case: Case) -> RoutedTiling:
   )
 
 
-def _routed(case: Case, problem: Problem) -> tuple[Any, tuple[int, ...]]:
-  tiling = routed_tiling(case)
+class _Program(NamedTuple):
+  """What to compile.
 
-  def attention(q: Any, k: Any, v: Any) -> Any:
-    # Some data that the compiler cannot know.
-    packing = pack(q[..., 0] > 0, num_active=2, block_rows=tiling.block_q)
-    rows = routed_attention(
-      gather_rows(q, packing),
+  Attributes:
+    attention: Takes q, k, v and the rest.
+    queries, keys: Shapes of q and the output, and of k and v.
+    rest: Other arguments, abstract.
+  """
+
+  attention: Callable[..., Any]
+  queries: tuple[int, ...]
+  keys: tuple[int, ...]
+  rest: tuple[Any, ...] = ()
+
+
+def _routed(case: Case, problem: Problem) -> _Program:
+  tiling = routed_tiling(case)
+  keys = (1, problem.length, 2, HEAD_SIZE)
+  packing = jax.eval_shape(
+    functools.partial(pack, num_active=2, block_rows=tiling.block_q),
+    jax.ShapeDtypeStruct(keys[:3], bool),
+  )
+
+  def attention(q: Any, k: Any, v: Any, packing: Any) -> Any:
+    return routed_attention(
+      q,
       k,
       v,
       packing,
@@ -145,9 +171,9 @@ def _routed(case: Case, problem: Problem) -> tuple[Any, tuple[int, ...]]:
       tiling=tiling,
       implementation="mosaic_tpu",
     )
-    return scatter_rows(rows, packing)
 
-  return attention, (1, problem.length, 2, HEAD_SIZE)
+  rows = (packing.num_rows, HEAD_SIZE)
+  return _Program(attention, rows, keys, (packing,))
 
 
 def _pattern(case: Case, problem: Problem) -> HeadContexts:
@@ -157,7 +183,7 @@ def _pattern(case: Case, problem: Problem) -> HeadContexts:
   return problem.pattern(2)
 
 
-def _ours(case: Case, problem: Problem) -> tuple[Any, tuple[int, ...]]:
+def _ours(case: Case, problem: Problem) -> _Program:
   def attention(q: Any, k: Any, v: Any) -> Any:
     return head_attention(
       q,
@@ -168,10 +194,11 @@ def _ours(case: Case, problem: Problem) -> tuple[Any, tuple[int, ...]]:
       implementation="mosaic_tpu",
     )
 
-  return attention, (1, problem.length, 2, HEAD_SIZE)
+  shape = (1, problem.length, 2, HEAD_SIZE)
+  return _Program(attention, shape, shape)
 
 
-def _splash(case: Case, problem: Problem) -> tuple[Any, tuple[int, ...]]:
+def _splash(case: Case, problem: Problem) -> _Program:
   length = _SPLASH_LENGTH
   masks: list[splash_mask.Mask]
   if case.mask == "causal":
@@ -201,7 +228,8 @@ def _splash(case: Case, problem: Problem) -> tuple[Any, tuple[int, ...]]:
     head_shards=1,
     q_seq_shards=1,
   )
-  return attention, (2, length, HEAD_SIZE)
+  shape = (2, length, HEAD_SIZE)
+  return _Program(attention, shape, shape)
 
 
 def dense_masks(pattern: HeadContexts, length: int) -> list[np.ndarray]:
