@@ -28,14 +28,18 @@ from experiments._tpu_cycle_cases import (
   Schedules,
   routed_tiling,
 )
-from experiments._tpu_cycle_costs import cycles, kernels, our_cost
+from experiments._tpu_cycle_costs import (
+  cycles,
+  kernels,
+  our_calls,
+  our_cost,
+)
 from experiments.bench_tpu_cycles import (
   DIRECTIONS,
   LEAST,
   Cells,
   CycleConfig,
   Results,
-  our_tiles,
   show,
   wide_console,
 )
@@ -176,23 +180,45 @@ def routed_cost(
 
 
 def full_tile(
-  results: Results, case: Case, problem: Problem, direction: str
-) -> float:
-  """Cycles of the dearest full tile of a case; infinite if there is none."""
+  case: Case, schedules: Schedules, problem: Problem, direction: str
+) -> float | None:
+  """Cycles of the dearest full tile of a case; None if it has none."""
   if case.kernel == "ours":
-    tiles = our_tiles(results, case, problem, direction)
-    full = [tile.cycles for kind, tile in tiles.items() if "full" in kind]
-    return max(full, default=float("inf"))
-  found = results[case]
-  if isinstance(found, str):
-    return float("inf")
-  # Code without selections has no mask: products of two chunks each.
-  bodies = [
-    body
-    for schedule in kernels(found, direction)
-    for body in schedule.tiles()[: len(schedule.tiles()) // 2]
-  ]
-  return max(cycles(case, body, LEAST[direction]) for body in bodies)
+    bodies = [
+      body
+      for _, _, kinds in our_calls(case, schedules, problem, direction)
+      for kind, body in kinds.items()
+      if "full" in kind
+    ]
+  else:
+    # Tiles without a mask come first.
+    bodies = [
+      body
+      for schedule in kernels(schedules, direction)
+      for body in schedule.tiles()[: len(schedule.tiles()) // 2]
+    ]
+  return max(
+    (cycles(case, body, LEAST[direction]) for body in bodies), default=None
+  )
+
+
+def full_tiles(
+  results: Results, problem: Problem, chip: str, mask: str, direction: str
+) -> dict[str, dict[str, float]]:
+  """Of both kernels, by tile size; only where both have one."""
+  found: dict[str, dict[str, float]] = {}
+  for size in TILES:
+    tiles: dict[str, float] = {}
+    for kernel in ("ours", "routed"):
+      case = Case(chip, kernel, mask, size, size)
+      schedules = results[case]
+      if not isinstance(schedules, str):
+        cost = full_tile(case, schedules, problem, direction)
+        if cost is not None:
+          tiles[kernel] = round(cost)
+    if len(tiles) == 2:
+      found[str(size)] = tiles
+  return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -245,14 +271,7 @@ def rows_of(
             "chip": chip,
             "direction": direction,
             "mask": mask,
-            "full_tile": {
-              str(size): {
-                kernel: round(full_tile(results, case, problem, direction))
-                for kernel in ("ours", "routed")
-                for case in (Case(chip, kernel, mask, size, size),)
-              }
-              for size in sorted(ours.keys() & routed.keys())
-            },
+            "full_tile": full_tiles(results, problem, chip, mask, direction),
             "all_heads": round(all_heads.cycles),
             "all_heads_tile": all_heads.size,
             "routed": round(picked.cycles),
