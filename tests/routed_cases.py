@@ -56,6 +56,22 @@ def draw(seed, *, B=2, T=37, S=50, K=2, N=4, H=8, dtype=jnp.float32):
   }
 
 
+def picks(seed, shape, density):
+  """Which (token, head) pairs are active, each on its own."""
+  return jnp.asarray(np.random.default_rng(seed).random(shape) < density)
+
+
+def segments(seed, arrays, offset):
+  """Ids of packed sequences: the queries' are those of the keys from offset."""
+  (B, T), S = arrays["q"].shape[:2], arrays["k"].shape[1]
+  length = max(S, offset + T)
+  ids = np.random.default_rng(seed).integers(0, 3, (B, length))
+  return {
+    "q_segment_ids": jnp.asarray(ids[:, offset : offset + T]),
+    "kv_segment_ids": jnp.asarray(ids[:, :S]),
+  }
+
+
 @functools.partial(
   jax.jit,
   static_argnames=(

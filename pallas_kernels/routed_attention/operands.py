@@ -99,7 +99,7 @@ class Implementation(Protocol):
   def forward(
     self, settings: Settings, operands: Operands
   ) -> tuple[Float[Array, "rows H"], Float[Array, " rows"]]:
-    """Output in q's dtype, and float32 log-sum-exp (-inf for empty rows)."""
+    """Output in q's dtype; float32 log-sum-exp in base 2, -inf if empty."""
 
   def backward(
     self,

@@ -32,14 +32,6 @@ class BlockVisits(NamedTuple):
   end: Int[Array, "..."]
 
 
-def near_start(
-  first: Int[Array, "..."], *, local: int, block: int, block_kv: int
-) -> Int[Array, "..."]:
-  """First key of the near part of a block whose first query is there."""
-  window = jnp.maximum(first // block - (local - 1), 0) * block
-  return window // block_kv * block_kv
-
-
 def block_visits(
   run: StridedHeads,
   residue: Int[Array, "..."],
@@ -63,21 +55,23 @@ def block_visits(
     far_tokens: Keys of a tile of the shard.
     kv_length: Keys.
   """
-  seen = last >= 0
-  start = near_start(first, local=run.local, block=block, block_kv=block_kv)
-  far = far_full = jnp.zeros_like(start)
+
+  def window(position: Int[Array, "..."]) -> Int[Array, "..."]:
+    """First key that a query there sees near it."""
+    return jnp.maximum(position // block - (run.local - 1), 0) * block
+
+  near = window(first) // block_kv
+  far = far_full = jnp.zeros_like(near)
   if run.stride:
-    past = jnp.minimum(start, kv_length)
+    past = jnp.minimum(near * block_kv, kv_length)
     blocks = past // block
     # Of the shard: whole blocks, and what `past` leaves of the next one.
     whole = jnp.maximum(blocks - residue + run.stride - 1, 0) // run.stride
     begun = past - (whole * run.stride + residue) * block
     held = whole * block + jnp.clip(begun, 0, block)
     far_full, far = held // far_tokens, -(-held // far_tokens)
-  near = start // block_kv
   end = jnp.maximum(near, jnp.minimum(last, kv_length - 1) // block_kv + 1)
-  window = jnp.maximum(last // block - (run.local - 1), 0) * block
-  low = jnp.clip(-(-window // block_kv), near, end)
+  low = jnp.clip(-(-window(last) // block_kv), near, end)
   high = jnp.clip(jnp.minimum(first + 1, kv_length) // block_kv, low, end)
   visits = BlockVisits(far_full, far, near, low, high, end)
-  return BlockVisits(*(jnp.where(seen, each, 0) for each in visits))
+  return BlockVisits(*(jnp.where(last >= 0, each, 0) for each in visits))

@@ -77,7 +77,7 @@ def refusal(settings: Settings, operands: Operands) -> str | None:
 def forward(
   settings: Settings, operands: Operands
 ) -> tuple[Float[Array, "rows H"], Float[Array, " rows"]]:
-  """Output, and log-sum-exp of the logits; see `operands.Implementation`."""
+  """Output and log-sum-exp; see `operands.Implementation`."""
   runs = make_runs(settings, operands)
   rows, size = operands.q.shape
   results: tuple[Array, Array] = (
@@ -101,7 +101,7 @@ def forward(
   used = operands.packing.row_valid
   return (
     jnp.where(used[:, None], out, 0.0),
-    jnp.where(used, lse, -jnp.inf),
+    jnp.where(used, lse * LOG2_E, -jnp.inf),
   )
 
 
@@ -131,7 +131,7 @@ def backward(
   delta = (out.astype(jnp.float32) * d_out.astype(jnp.float32)).sum(-1)
   queries = _queries(settings, operands)._replace(
     d_out=jnp.where(seen[:, None], d_out, 0)[None, None],
-    lse=jnp.where(seen, lse * LOG2_E, NOTHING_SEEN)[None, None, None],
+    lse=jnp.where(seen, lse, NOTHING_SEEN)[None, None, None],
     delta=jnp.where(seen, delta, 0.0)[None, None, None],
   )
   layouts = [run.layout for run in runs]

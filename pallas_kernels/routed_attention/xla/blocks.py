@@ -27,7 +27,6 @@ from pallas_kernels.routed_attention.operands import (
 from pallas_kernels.routed_attention.visits import (
   BlockVisits,
   block_visits,
-  near_start,
 )
 from pallas_kernels.routed_attention.xla.keys import (
   KeyTile,
@@ -86,10 +85,8 @@ class Heads:
   @property
   def has_window(self) -> bool:
     """Whether a query may not see all of the past."""
-    run = self.run
-    if not isinstance(run, StridedHeads):
-      return True
-    return run.local * self.settings.block < FARTHEST
+    assert isinstance(self.run, StridedHeads)
+    return self.run.local * self.settings.block < FARTHEST
 
   @property
   def far_blocks(self) -> int:
@@ -128,7 +125,6 @@ class Block(NamedTuple):
     position: Of each row among the keys, negative for unused rows.
     limit: The last key that a strided rule may show to each row.
     visits: Key tiles.
-    near_start: First key of the contiguous ones.
     num_keys: Keys up to the last one that a query may see.
   """
 
@@ -140,7 +136,6 @@ class Block(NamedTuple):
   position: Int[Array, " block_q"]
   limit: Int[Array, " block_q"]
   visits: BlockVisits
-  near_start: Int[Array, ""]
   num_keys: Int[Array, ""]
 
 
@@ -181,19 +176,17 @@ def read_block(heads: Heads, context: Context, number: Int[Array, ""]) -> Block:
   position, limit = rows_of(context.positions), rows_of(context.limits)
   first = jnp.where(limit == UNUSED, heads.kv_length, limit).min()
   last = limit.max()
-  start_of_near = jnp.int32(0)
   if isinstance(heads.run, StridedHeads):
-    sizes = dict(block=settings.block, block_kv=settings.tiling.block_kv)
     visits = block_visits(
       heads.run,
       heads.residue(head),
       first,
       last,
+      block=settings.block,
+      block_kv=settings.tiling.block_kv,
       far_tokens=heads.far_blocks * settings.block,
       kv_length=heads.kv_length,
-      **sizes,
     )
-    start_of_near = near_start(first, local=heads.run.local, **sizes)
   else:
     assert settings.pattern is not None
     if not settings.pattern.is_causal:
@@ -213,7 +206,6 @@ def read_block(heads: Heads, context: Context, number: Int[Array, ""]) -> Block:
     position=position,
     limit=limit,
     visits=visits,
-    near_start=start_of_near,
     num_keys=jnp.clip(last + 1, 0, heads.kv_length),
   )
 
@@ -261,7 +253,8 @@ def visit_all(
     if not context.has_mask:
       state = loop(jnp.int32(0), visits.far_full, far, state, is_full=True)
     state = loop(visits.far_full, visits.far, far, state, is_full=False)
-  if not context.has_mask:
+  # Tiles of a rule without a closed form all have a mask.
+  if isinstance(heads.run, StridedHeads) and not context.has_mask:
     if heads.has_window:
       options = dict(width=wide, is_full=False)
       state = loop(visits.near, visits.low, near, state, **options)
@@ -286,7 +279,8 @@ def _shard_mask(
 ) -> Mask:
   """Keys before the near part: the same for all queries."""
   keys = tile.positions
-  exist = keys < jnp.minimum(block.near_start, heads.kv_length)
+  past = block.visits.near * heads.settings.tiling.block_kv
+  exist = keys < jnp.minimum(past, heads.kv_length)
   visible = exist[None] & (block.limit >= 0)[:, None]
   return visible & _asked_for(context, block, tile)
 

@@ -45,7 +45,7 @@ def refusal(settings: Settings, operands: Operands) -> str | None:
 def forward(
   settings: Settings, operands: Operands
 ) -> tuple[Float[Array, "rows H"], Float[Array, " rows"]]:
-  """Output, and log-sum-exp of the logits; see `operands.Implementation`."""
+  """Output and log-sum-exp; see `operands.Implementation`."""
   problem = _Problem(settings, operands)
   q = operands.q
   rows = operands.packing.block_rows
@@ -81,7 +81,7 @@ def forward(
     empty = (l == 0) | (block.limit < 0)
     l = jnp.where(empty, 1.0, l)
     out = jnp.where(empty[:, None], 0.0, acc / l[:, None]).astype(q.dtype)
-    lse = jnp.where(empty, -jnp.inf, _LN_2 * m + jnp.log(l))
+    lse = jnp.where(empty, -jnp.inf, m + jnp.log2(l))
     return (
       _write(carry[0], out, block.start),
       _write(carry[1], lse, block.start),
@@ -120,7 +120,7 @@ def backward(
     # A row that saw nothing has log-sum-exp -inf and no gradient.
     empty = rows_of(lse) == -jnp.inf
     block_q = _scale_q(rows_of(q), settings)
-    block_lse = jnp.where(empty, 0.0, rows_of(lse) / _LN_2)
+    block_lse = jnp.where(empty, 0.0, rows_of(lse))
     block_delta = rows_of(delta)
     block_d_out = jnp.where(empty[:, None], 0, rows_of(d_out))
 

@@ -3,14 +3,21 @@
 import hypothesis
 import hypothesis.strategies as st
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.routed_attention.mosaic_tpu import worklist
 from pallas_kernels.routed_attention.tiling import Tiling
 from tests import s2_cases
-from tests.routed_cases import HEADS, check, draw, expected, routed
+from tests.routed_cases import (
+  HEADS,
+  check,
+  draw,
+  expected,
+  picks,
+  routed,
+  segments,
+)
 
 STRIDED = {
   name: HEADS[name]
@@ -48,10 +55,6 @@ def small(seed):
   return draw(seed, T=27, S=34)
 
 
-def picks(seed, shape, density):
-  return jnp.asarray(np.random.default_rng(seed).random(shape) < density)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("heads", STRIDED.values(), ids=STRIDED)
 @hypothesis.given(
@@ -69,9 +72,7 @@ def test_equals_masked_dense_attention(
   active = picks(seed, arrays["q"].shape[:3], density)
   options = {"q_offset": jnp.int32(offset)}
   if has_segments:
-    ids = np.random.default_rng(seed).integers(0, 3, (2, 40))
-    options["q_segment_ids"] = jnp.asarray(ids[:, offset : offset + 27])
-    options["kv_segment_ids"] = jnp.asarray(ids[:, :34])
+    options |= segments(seed, arrays, offset)
   got = run(heads, arrays, active, options, tiling)
   check(got, expected(arrays, active, heads.blocks, heads.pattern, options))
 

@@ -11,17 +11,21 @@ from pallas_kernels.packing import pack
 from pallas_kernels.routed_attention import routed_attention
 from pallas_kernels.routed_attention.tiling import Tiling
 from tests import oracles_s2, routed_cases
-from tests.routed_cases import HEADS, check, draw, expected, routed
+from tests.routed_cases import (
+  HEADS,
+  check,
+  draw,
+  expected,
+  picks,
+  routed,
+  segments,
+)
 
 TILINGS = (
   Tiling(block_q=4, block_kv=8, block_edge=4),
   Tiling(block_q=8, block_kv=16, block_edge=16),
   Tiling(block_q=16, block_kv=4, block_edge=2),
 )
-
-
-def picks(seed, shape, density):
-  return jnp.asarray(np.random.default_rng(seed).random(shape) < density)
 
 
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
@@ -41,9 +45,7 @@ def test_equals_masked_dense_attention(
   active = picks(seed, arrays["q"].shape[:3], density)
   options = {"q_offset": jnp.int32(offset)}
   if has_segments:
-    ids = np.random.default_rng(seed).integers(0, 3, (2, 63))
-    options["q_segment_ids"] = jnp.asarray(ids[:, offset : offset + 37])
-    options["kv_segment_ids"] = jnp.asarray(ids[:, :50])
+    options |= segments(seed, arrays, offset)
   got = routed(
     arrays,
     active,
