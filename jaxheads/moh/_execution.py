@@ -214,9 +214,8 @@ def _dense(
   out = dense_attention(
     q, k, v, mask=seen, scale=options.scale, weights_fn=weights_fn
   )
-  if routing is not None:
-    out = _gate(out, routing.gates)
-  return jnp.einsum("btnh,nhd->btd", out, weights.w_o).astype(x.dtype)
+  gates = None if routing is None else routing.gates
+  return combine_heads(out, gates, weights.w_o).astype(x.dtype)
 
 
 def _dispatch(
@@ -263,6 +262,17 @@ def _dispatch(
   if routing is not None:
     rows = _gate(rows, gather_rows(routing.gates, packing))
   return project_out(rows, weights.w_o, packing, implementation=projection)
+
+
+def combine_heads(
+  out: Float[Array, "B T N H"],
+  gates: Float[Array, "B T N"] | None,
+  w_o: Float[Array, "N H Dout"],
+) -> Float[Array, "B T Dout"]:
+  """Sum over heads of gate x output x projection; `None` is gates of 1."""
+  if gates is not None:
+    out = _gate(out, gates)
+  return jnp.einsum("btnh,nhd->btd", out, w_o)
 
 
 def _gate(

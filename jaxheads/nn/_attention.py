@@ -8,6 +8,7 @@ from flax import nnx
 from flax.nnx.nn.linear import default_kernel_init
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxheads.decoding import decode_attention
 from jaxheads.moh import (
   MoHConfig,
   RouterParams,
@@ -15,7 +16,11 @@ from jaxheads.moh import (
   moh_attention,
   router_shapes,
 )
-from jaxheads.moh._execution import Execution, choose_execution
+from jaxheads.moh._execution import (
+  Execution,
+  choose_execution,
+  combine_heads,
+)
 from jaxheads.nn import _cache, _checks, _dropout, _routing
 from jaxheads.nn._patterned import (
   dense_mask,
@@ -24,6 +29,9 @@ from jaxheads.nn._patterned import (
 from jaxheads.nn._variables import AuxLoss, RoutingStats
 from jaxheads.rope import apply_rope
 from pallas_kernels.head_attention import HeadContexts
+
+# New tokens that read a cache in place; more are a prompt.
+_MOST_NEW_TOKENS = 16
 
 
 class HeadAttention(nnx.Module):
@@ -332,7 +340,7 @@ class HeadAttention(nnx.Module):
         )
       k = apply_rope(k, k_positions, theta=self.rope_theta)
     if decode:
-      k, v = _cache.append(self._decode_cache, k, v)
+      _cache.append(self._decode_cache, k, v)
       is_causal = True
     kv_segment_ids = segment_ids
     if token_mask is not None and self_attention and not decode:
@@ -346,6 +354,7 @@ class HeadAttention(nnx.Module):
       x,
       k,
       v,
+      cache=self._decode_cache if decode else None,
       mask=mask,
       is_causal=is_causal,
       q_offset=q_offset,
@@ -366,6 +375,9 @@ class HeadAttention(nnx.Module):
   ) -> None:
     """Creates an empty cache, as `nnx.MultiHeadAttention.init_cache`.
 
+    Keys and values are [batch, KV heads, slots, head size], in whole pages,
+    so that a step reads nothing but the heads and blocks that it uses.
+
     Args:
       input_shape: Shape of the inputs of the longest sequence,
         (*batch, max length, features).
@@ -374,7 +386,7 @@ class HeadAttention(nnx.Module):
     if self.pattern is not None:
       self.pattern.check_lengths(input_shape[-2], input_shape[-2])
     self.cached_key, self.cached_value, self.cache_index = _cache.empty(
-      input_shape, self.num_kv_heads, self.head_dim, dtype
+      input_shape, self.num_kv_heads, self.head_dim, dtype, self.pattern
     )
 
   @property
@@ -388,6 +400,7 @@ class HeadAttention(nnx.Module):
     k: Float[Array, "B S K H"],
     v: Float[Array, "B S K H"],
     *,
+    cache: _cache.Cache | None,
     q_positions: Int[Array, "B T"],
     token_mask: Bool[Array, "B T"] | None,
     deterministic: bool,
@@ -395,7 +408,10 @@ class HeadAttention(nnx.Module):
     sow_weights: bool,
     **visibility: Any,
   ) -> Float[Array, "B T Dout"]:
-    """Routes, then attends; without the output bias."""
+    """Routes, then attends; without the output bias.
+
+    Keys and values are the inputs' own, those of a `cache` are in it too.
+    """
     dropout = self.dropout_rate > 0 and not deterministic
     weights_fn = None
     if dropout or sow_weights:
@@ -410,9 +426,19 @@ class HeadAttention(nnx.Module):
           weights, key, rate=self.dropout_rate, broadcast=self.broadcast_dropout
         )
 
-    execution = self._execution(
-      x.shape[1], needs_weights=weights_fn is not None
+    # A few new tokens read the cache where it lies; all heads have queries.
+    in_place = (
+      cache is not None
+      and x.shape[1] <= _MOST_NEW_TOKENS
+      and weights_fn is None
+      and visibility["mask"] is None
+      and self.execution != "dense"
     )
+    execution: Execution = "dense"
+    if not in_place:
+      execution = self._execution(
+        x.shape[1], needs_weights=weights_fn is not None
+      )
     by_norm = self.moh is not None and self.moh.router == "query_norm"
     kernels: dict[str, Any]
     if execution == "dispatch" and not by_norm and self.query_ln is None:
@@ -445,6 +471,22 @@ class HeadAttention(nnx.Module):
       self.sow(nnx.Intermediate, "gates", routing.gates)
     implementation = self.implementation
     pattern = self.pattern
+    if in_place:
+      assert cache is not None
+      out = decode_attention(
+        kernels["q"],
+        cache.cached_key[...],
+        cache.cached_value[...],
+        q_offset=visibility["q_offset"],
+        active=None if routing is None else routing.mask,
+        pattern=pattern,
+        # Not every kernel that reads prompts has a brother that decodes.
+        implementation="reference" if implementation == "reference" else None,
+      )
+      gates = None if routing is None else routing.gates
+      return combine_heads(out, gates, kernels["w_o"])
+    if cache is not None:
+      k, v = _cache.slots(cache, k.dtype)
     if pattern is not None and execution == "dense":
       if weights_fn is None and visibility["mask"] is None:
         del visibility["mask"]

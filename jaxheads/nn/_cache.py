@@ -1,5 +1,6 @@
 """Keys and values of earlier tokens, for decoding."""
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -7,23 +8,31 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from jaxheads.decoding import cache_slots
+from pallas_kernels.head_attention import HeadContexts
+
 
 class Cache(NamedTuple):
   """The variables of one layer, as `nnx.MultiHeadAttention` names them."""
 
-  cached_key: nnx.Cache  # [B, slots, K, H]
-  cached_value: nnx.Cache  # [B, slots, K, H]
+  cached_key: nnx.Cache  # [B, K, slots, H]: what one KV head reads is together
+  cached_value: nnx.Cache  # [B, K, slots, H]
   cache_index: nnx.Cache  # Tokens so far, int32 scalar.
 
 
 def empty(
-  input_shape: tuple[int, ...], num_kv_heads: int, head_dim: int, dtype: Any
+  input_shape: tuple[int, ...],
+  num_kv_heads: int,
+  head_dim: int,
+  dtype: Any,
+  pattern: HeadContexts | None,
 ) -> Cache:
-  """A cache for inputs of shape (*batch, max length, features)."""
-  size = 1
-  for axis in input_shape[:-2]:
-    size *= axis
-  shape = (size, input_shape[-2], num_kv_heads, head_dim)
+  """A cache for inputs of shape (*batch, max length, features).
+
+  It holds whole pages, hence sometimes more tokens than asked for.
+  """
+  slots = cache_slots(input_shape[-2], pattern)
+  shape = (math.prod(input_shape[:-2]), num_kv_heads, slots, head_dim)
   return Cache(
     nnx.Cache(jnp.zeros(shape, dtype)),
     nnx.Cache(jnp.zeros(shape, dtype)),
@@ -39,28 +48,38 @@ def tokens_so_far(cache: Cache, k: Float[Array, "B T K H"]) -> Int[Array, ""]:
   """
   if cache.cached_key is None or cache.cache_index is None:
     raise ValueError("The cache is not there: call `init_cache` first.")
-  batch, max_length, kv_heads, head_dim = cache.cached_key.shape
+  batch, kv_heads, max_length, head_dim = cache.cached_key.shape
   expected = (batch, kv_heads, head_dim)
   got = (k.shape[0], k.shape[2], k.shape[3])
   if got != expected or k.shape[1] > max_length:
     raise ValueError(
-      f"`inputs_q` does not fit the cache: keys are {k.shape}, the cache is "
-      f"{cache.cached_key.shape}."
+      f"`inputs_q` does not fit the cache: keys are {k.shape}, the cache has "
+      f"room for {(batch, max_length, kv_heads, head_dim)}."
     )
   return cache.cache_index[...]
 
 
 def append(
   cache: Cache, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"]
-) -> tuple[Float[Array, "B slots K H"], Float[Array, "B slots K H"]]:
-  """Writes new keys and values; returns all slots, in their dtype."""
+) -> None:
+  """Writes new keys and values."""
   index = cache.cache_index[...]
-  start = (jnp.zeros_like(index), index, 0, 0)
-  cached = []
+  zero = jnp.zeros_like(index)
   for variable, new in ((cache.cached_key, k), (cache.cached_value, v)):
     value = variable[...]
-    value = jax.lax.dynamic_update_slice(value, new.astype(value.dtype), start)
-    variable[...] = value
-    cached.append(value.astype(new.dtype))
+    new = new.swapaxes(1, 2).astype(value.dtype)
+    variable[...] = jax.lax.dynamic_update_slice(
+      value, new, (zero, zero, index, zero)
+    )
   cache.cache_index[...] = index + k.shape[1]
-  return cached[0], cached[1]
+
+
+def slots(
+  cache: Cache, dtype: Any
+) -> tuple[Float[Array, "B slots K H"], Float[Array, "B slots K H"]]:
+  """All keys and values, as attention takes them; a copy."""
+  k, v = (
+    variable[...].swapaxes(1, 2).astype(dtype)
+    for variable in (cache.cached_key, cache.cached_value)
+  )
+  return k, v

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxheads.moh._execution import combine_heads
 from jaxheads.sharding import per_device
 from pallas_kernels.head_attention import HeadContexts, head_attention
 from pallas_kernels.head_attention.reference import visible
@@ -97,11 +98,7 @@ def _run(
     kv_segment_ids=tokens.kv_segment_ids,
     implementation=implementation,
   )
-  if tokens.gates is not None:
-    # The gates are float32.
-    gated = out.astype(jnp.float32) * tokens.gates[..., None]
-    out = gated.astype(out.dtype)
-  return jnp.einsum("btnh,nhd->btd", out, shared.w_o).astype(out.dtype)
+  return combine_heads(out, tokens.gates, shared.w_o).astype(out.dtype)
 
 
 def dense_mask(

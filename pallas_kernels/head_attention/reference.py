@@ -8,22 +8,31 @@ from pallas_kernels.head_attention.contexts import HeadContexts, Table
 from pallas_kernels.head_attention.operands import Operands, Settings
 
 
+def visible_blocks(
+  pattern: HeadContexts, q_blocks: Int[Array, " T"], kv_blocks: int
+) -> Bool[Array, "N T blocks"]:
+  """Which blocks of keys every head sees from a block of queries."""
+  i, j = q_blocks[:, None], jnp.arange(kv_blocks)[None]
+  seen = {
+    # Tables are NumPy: a traced position cannot index them.
+    rule: jnp.asarray(rule.mask())[i, j]
+    if isinstance(rule, Table)
+    else rule.keep(i, j)
+    for rule in pattern.distinct_rules
+  }
+  return jnp.stack([seen[rule] for rule in pattern.rules])
+
+
 def visible(
   pattern: HeadContexts, q_positions: Int[Array, " T"], kv_length: int
 ) -> Bool[Array, "N T S"]:
   """What every head sees, token by token; takes N x T x S memory."""
-  i = (q_positions // pattern.block_size)[:, None]
-  keys = jnp.arange(kv_length)[None]
-  j = keys // pattern.block_size
-  seen = {}
-  for rule in pattern.distinct_rules:
-    # Tables are NumPy: a traced position cannot index them.
-    mask = jnp.asarray(rule.mask())[i, j] if isinstance(rule, Table) else None
-    mask = rule.keep(i, j) if mask is None else mask
-    if pattern.is_causal:
-      mask &= keys <= q_positions[:, None]
-    seen[rule] = mask
-  return jnp.stack([seen[rule] for rule in pattern.rules])
+  block = pattern.block_size
+  blocks = visible_blocks(pattern, q_positions // block, -(-kv_length // block))
+  seen = jnp.repeat(blocks, block, axis=-1)[..., :kv_length]
+  if pattern.is_causal:
+    seen &= jnp.arange(kv_length) <= q_positions[:, None]
+  return seen
 
 
 def attention(

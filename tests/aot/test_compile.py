@@ -29,6 +29,7 @@ from pallas_kernels.head_attention import (
   head_attention,
 )
 from pallas_kernels.packing import gather_rows, pack
+from pallas_kernels.paged_attention import PageTable, paged_attention
 from pallas_kernels.routed_attention import routed_attention
 from pallas_kernels.routed_attention.tiling import default_tiling
 
@@ -260,6 +261,47 @@ def test_routed_attention_compiles(chip, case):
     "head_attention_forward",
     *["head_attention_backward"] * (2 if case.mask == "s2" else 1),
   ]
+
+
+# Of a step of decoding: sequences x KV heads, query heads a KV head, head size,
+# tokens, page, dtype.
+DECODE = (
+  ("v4", 64, 4, 128, 32 * K, 256, "bfloat16"),
+  ("v5e", 64, 8, 64, 8 * K, 256, "bfloat16"),
+  ("v5p", 16, 1, 256, 2 * K, 64, "float32"),
+  ("v6e", 8, 8, 128, 128 * K, 128, "bfloat16"),
+  ("tpu7x", 128, 4, 96, 2 * K, 16, "bfloat16"),
+)
+
+
+@pytest.mark.parametrize(
+  ("chip", "rows", "groups", "head_size", "length", "page", "dtype"), DECODE
+)
+def test_paged_attention_compiles(
+  chip, rows, groups, head_size, length, page, dtype
+):
+  def program(q, k, v, lengths):
+    table = PageTable.contiguous(lengths, pages_per_row=length // page)
+    return paged_attention(q, k, v, table, implementation="mosaic_tpu")
+
+  def shape(*sizes, dtype=jnp.dtype(dtype)):
+    return jax.ShapeDtypeStruct(sizes, dtype)
+
+  pool = shape(rows * length // page, page, head_size)
+  report = compile_for(
+    chip,
+    program,
+    shape(rows, groups, head_size),
+    pool,
+    pool,
+    shape(rows, dtype=jnp.int32),
+  )
+  (kernel,) = report.kernels
+  assert kernel.startswith("paged_attention")
+  if head_size % 128 == 0:
+    # The pool is read where it lies; narrower heads may be padded first.
+    pool_bytes = pool.size * pool.dtype.itemsize
+    assert report.temp_bytes + report.code_bytes < 8 * MIB < pool_bytes
 
 
 def command_line(*flags):

@@ -1,0 +1,48 @@
+"""What an implementation of paged attention is given."""
+
+import dataclasses
+from typing import Any, NamedTuple, Protocol
+
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.paged_attention.table import PageTable
+
+
+class Operands(NamedTuple):
+  """The arrays."""
+
+  q: Float[Array, "R Q H"]
+  k_pages: Float[Array, "P page H"]
+  v_pages: Float[Array, "P page H"]
+  table: PageTable
+  seen: Int[Array, "R Q"]  # How many tokens of its row each query sees.
+
+  @property
+  def page_size(self) -> int:
+    """Tokens of a page."""
+    return self.k_pages.shape[1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+  """The static part; hashable.
+
+  Attributes:
+    scale: Multiplies the logits.
+    interpret: For `pallas_call`.
+  """
+
+  scale: float
+  interpret: Any = False
+
+
+class Implementation(Protocol):
+  """A module with these two functions."""
+
+  def refusal(self, settings: Settings, operands: Operands) -> str | None:
+    """Why these inputs are not covered, with the way out; None if they are."""
+
+  def attention(
+    self, settings: Settings, operands: Operands
+  ) -> Float[Array, "R Q H"]:
+    """Output in q's dtype; queries that see nothing give 0."""

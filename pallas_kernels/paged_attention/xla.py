@@ -1,0 +1,117 @@
+"""Paged attention in plain JAX: a few pages at a time, then a merge by row."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.paged_attention.operands import Operands, Settings
+from pallas_kernels.paged_attention.steps import make_steps
+
+# Tokens of a turn of the loop: their keys and values stay in a core's cache
+# (measured with `experiments/bench_decode.py` on a CPU).
+_TOKENS = 4096
+_LOWEST = -1e30
+
+
+def refusal(settings: Settings, operands: Operands) -> str | None:
+  """Nothing is refused."""
+  del settings, operands
+  return None
+
+
+def attention(settings: Settings, operands: Operands) -> Float[Array, "R Q H"]:
+  """See `operands.Implementation`."""
+  q, k_pages, v_pages, table, seen = operands
+  rows, queries, size = q.shape
+  page_size = operands.page_size
+  steps = make_steps(table, page_size, page_size)
+  turn = max(1, min(_TOKENS // page_size, steps.row.shape[0]))
+  padding = -steps.row.shape[0] % turn
+  row = jnp.pad(steps.row, (0, padding), constant_values=rows)
+  first = jnp.pad(steps.first, (0, padding))
+  seen = jnp.minimum(seen, table.lengths[:, None])
+
+  def attend(index: Array, parts: _Parts) -> _Parts:
+    at = index * turn
+    which, start = (
+      jax.lax.dynamic_slice_in_dim(x, at, turn) for x in (row, first)
+    )
+    entry = table.starts.at[which].get(mode="clip") + start // page_size
+    page = table.pages.at[entry].get(mode="clip")
+    limit = seen.at[which].get(mode="fill", fill_value=0) - start[:, None]
+    new = _part(
+      settings.scale,
+      q.at[which].get(mode="clip"),
+      _take(k_pages, page),
+      _take(v_pages, page),
+      limit,
+    )
+    return jax.tree.map(
+      lambda all_, some: jax.lax.dynamic_update_slice_in_dim(all_, some, at, 0),
+      parts,
+      new,
+    )
+
+  length = row.shape[0]
+  empty = (
+    jnp.zeros((length, queries, size), jnp.float32),
+    jnp.full((length, queries), _LOWEST, jnp.float32),
+    jnp.zeros((length, queries), jnp.float32),
+  )
+  turns = -(-steps.num_steps // turn)
+  parts = jax.lax.fori_loop(jnp.zeros_like(turns), turns, attend, empty)
+  return _merge(parts, row, rows).astype(q.dtype)
+
+
+def _take(
+  pool: Float[Array, "P page H"], page: Int[Array, " c"]
+) -> Float[Array, "c page H"]:
+  """Pages by number."""
+  # As integers, and inside the loop: XLA's CPU compiler would otherwise make a
+  # float32 copy of the whole of a bfloat16 pool.
+  pool, page = jax.lax.optimization_barrier((pool, page))
+  bits = jnp.dtype(f"uint{8 * pool.dtype.itemsize}")
+  taken = jax.lax.bitcast_convert_type(pool, bits).at[page].get(mode="clip")
+  return jax.lax.bitcast_convert_type(taken, pool.dtype)
+
+
+# Weighted sum of the values, greatest logit, sum of the weights.
+_Parts = tuple[Float[Array, "W Q H"], Float[Array, "W Q"], Float[Array, "W Q"]]
+
+
+def _part(
+  scale: float,
+  q: Float[Array, "c Q H"],
+  k: Float[Array, "c page H"],
+  v: Float[Array, "c page H"],
+  limit: Int[Array, "c Q"],
+) -> _Parts:
+  """Of one page each; a query sees tokens before its limit."""
+  tokens = jnp.arange(k.shape[1], dtype=jnp.int32)
+  held = (tokens < limit.max(axis=1, keepdims=True))[..., None]
+  # What no query sees may be anything.
+  v = jnp.where(held, v.astype(jnp.float32), 0.0)
+  logits = scale * jnp.einsum(
+    "cqh,cph->cqp", q.astype(jnp.float32), k.astype(jnp.float32)
+  )
+  visible = tokens < limit[..., None]
+  logits = jnp.where(visible, logits, _LOWEST)
+  peak = logits.max(axis=-1)
+  weights = jnp.where(visible, jnp.exp(logits - peak[..., None]), 0.0)
+  return jnp.einsum("cqp,cph->cqh", weights, v), peak, weights.sum(axis=-1)
+
+
+def _merge(
+  parts: _Parts, row: Int[Array, " W"], rows: int
+) -> Float[Array, "R Q H"]:
+  """Softmax over all pages of a row; 0 where there is nothing."""
+  values, peak, total = parts
+
+  def add(x: Array) -> Array:
+    return jax.ops.segment_sum(x, row, rows, indices_are_sorted=True)
+
+  highest = jax.ops.segment_max(peak, row, rows, indices_are_sorted=True)
+  share = jnp.exp(peak - highest.at[row].get(mode="clip"))
+  total = add(total * share)
+  values = add(values * share[..., None])
+  return values / jnp.where(total > 0, total, 1.0)[..., None]
