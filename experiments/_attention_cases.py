@@ -1,6 +1,6 @@
 """What `bench_attention.py` times: our attention, and what others offer.
 
-Every maker returns two compiled calls, forward and forward plus backward, or
+Every maker returns two compiled calls, "forward" and "forward+backward", or
 raises `Unavailable` with the reason.
 """
 
@@ -13,15 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments._timing import Calls, Unavailable
 from jaxheads import s2
 from jaxheads.attention import attention
-
-Call = Callable[[], Any]
-Calls = dict[str, Call]  # "forward" and "forward+backward".
-
-
-class Unavailable(Exception):
-  """A variant that this machine cannot run; the message says why."""
 
 
 class Problem(NamedTuple):
@@ -84,18 +78,22 @@ class Problem(NamedTuple):
     return pairs
 
 
-def both(problem: Problem, function: Callable[..., jax.Array]) -> Calls:
-  """Compiled calls of function(q, k, v)."""
+def both(
+  problem: Problem, function: Callable[..., jax.Array], *others: jax.Array
+) -> Calls:
+  """Compiled calls of function(q, k, v, *others)."""
 
-  def gradients(q: Any, k: Any, v: Any, d_out: Any) -> Any:
-    out, pull = jax.vjp(function, q, k, v)
+  def gradients(q: Any, k: Any, v: Any, d_out: Any, *others: Any) -> Any:
+    out, pull = jax.vjp(lambda *qkv: function(*qkv, *others), q, k, v)
     return out, pull(d_out)
 
   forward, backward = jax.jit(function), jax.jit(gradients)
   q, k, v, d_out = problem[:4]
   return {
-    "forward": lambda: jax.block_until_ready(forward(q, k, v)),
-    "forward+backward": lambda: jax.block_until_ready(backward(q, k, v, d_out)),
+    "forward": lambda: jax.block_until_ready(forward(q, k, v, *others)),
+    "forward+backward": lambda: jax.block_until_ready(
+      backward(q, k, v, d_out, *others)
+    ),
   }
 
 

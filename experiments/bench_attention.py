@@ -17,12 +17,8 @@ ceiling is the ratio of visible pairs of a query and a key.
 
 import dataclasses
 import functools
-import json
-import os
 import pathlib
-import platform
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -34,7 +30,14 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from experiments import _attention_cases as attention_cases
-from experiments._attention_cases import Call, Calls, Problem, Unavailable
+from experiments._attention_cases import Problem
+from experiments._timing import (
+  Calls,
+  Unavailable,
+  environment,
+  interleave,
+  write_json,
+)
 from jaxheads.errors import UserError, one_line_errors
 
 _HERE = pathlib.Path(__file__).parent
@@ -200,38 +203,6 @@ def variants(
   return listed
 
 
-def interleave(
-  calls: dict[str, Call], rounds: int
-) -> tuple[dict[str, list[float]], dict[str, str]]:
-  """Milliseconds of every call in every round; and why some have none."""
-  reasons: dict[str, str] = {}
-  times: dict[str, list[float]] = {}
-  for name, call in calls.items():
-    reason = _failure(call)
-    if reason is None:
-      times[name] = []
-    else:
-      reasons[name] = reason
-  for _ in range(rounds):
-    for name in times:
-      start = time.perf_counter()
-      calls[name]()
-      times[name].append((time.perf_counter() - start) * 1e3)
-  return times, reasons
-
-
-def _failure(call: Call) -> str | None:
-  """Compiles and runs; why that fails, in a line."""
-  try:
-    call()
-  except (jax.errors.JaxRuntimeError, MemoryError, RuntimeError) as error:
-    text = str(error)
-    if "RESOURCE_EXHAUSTED" in text or "out of memory" in text.lower():
-      return "out of memory"
-    return f"failed: {(text or repr(error)).splitlines()[0][:120]}"
-  return None
-
-
 def measure(
   config: BenchConfig, length: int, strides: tuple[int, ...]
 ) -> list[dict[str, Any]]:
@@ -312,18 +283,6 @@ def break_even(config: BenchConfig) -> list[dict[str, Any]]:
     if not row["variant"].startswith("FlexAttention")
   ]
   return sorted(listed, key=lambda row: (row["direction"], -row["density"]))
-
-
-def environment() -> dict[str, Any]:
-  """What the figures depend on."""
-  device = jax.devices()[0]
-  return {
-    "jax": jax.__version__,
-    "python": platform.python_version(),
-    "platform": device.platform,
-    "device": device.device_kind,
-    "cpus": os.cpu_count(),
-  }
 
 
 def table(rows: list[dict[str, Any]], title: str) -> rich.table.Table:
@@ -425,19 +384,15 @@ def main() -> None:
     console.print(table(even, "Break-even"))
   assert config.json is not None and config.png is not None
   settings = dataclasses.asdict(config) | {"json": None, "png": None}
-  config.json.parent.mkdir(parents=True, exist_ok=True)
-  config.json.write_text(
-    json.dumps(
-      {
-        "environment": facts,
-        "settings": settings,
-        "rows": rows,
-        "doubled": doubled,
-        "break_even": even,
-      },
-      indent=2,
-    )
-    + "\n"
+  write_json(
+    config.json,
+    {
+      "environment": facts,
+      "settings": settings,
+      "rows": rows,
+      "doubled": doubled,
+      "break_even": even,
+    },
   )
   draw(rows, config.png)
   console.print(f"wrote {config.json} and {config.png}")

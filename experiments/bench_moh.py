@@ -1,272 +1,309 @@
-"""Times one attention layer: routed heads against all heads.
+r"""Times routed heads against all heads: attention alone, a layer, decoding.
 
-    python experiments/bench_moh.py                  # the README's table
-    python experiments/bench_moh.py --lengths 8192 --active 0.25 --json out.json
+    python experiments/bench_moh.py                     # the README's tables
+    python experiments/bench_moh.py --subjects layer --lengths 8192
+    python experiments/bench_moh.py --subjects decode --kv-heads 4 \
+      --group-size 4
 
-Every variant is the same layer (`jaxheads.nn.MoHAttention`, causal, RoPE): the
-baseline picks all routed heads through the same dispatch path, "dense" is all
-heads through the whole attention matrix. With `--stride` every head has a
-sharded context, and the baseline computes all heads without packing them.
+Subjects:
+- operator: attention of packed rows, with packing and unpacking, against the
+  same with all heads active; beside it the platform's best dense attention.
+- layer: `jaxheads.nn.MoHAttention`, causal, with RoPE.
+- decode: the layer's step of one token a sequence, after so many tokens.
+
+On CPUs "all heads" of a layer takes the same dispatch path; with `--stride`
+every head has a sharded context, and it computes all heads without packing.
 
 Variants run in turn, round after round, and ratios are taken within a round, so
 that a machine whose speed drifts favours nobody. Reported are medians over the
-rounds.
+rounds. Ideal is the ratio of active heads (operator), of FLOPs (layer) or of
+bytes (decode).
 """
 
 import dataclasses
-import json
-import os
+import functools
 import pathlib
-import platform
 import statistics
-import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import rich.console
 import rich.table
 import tyro
-from flax import nnx
 
-from jaxheads import s2
+from experiments import _attention_cases as attention_cases
+from experiments import _moh_cases as cases
+from experiments._moh_cases import Sizes
+from experiments._timing import (
+  Calls,
+  Unavailable,
+  environment,
+  interleave,
+  write_json,
+)
 from jaxheads.errors import UserError, one_line_errors
 from jaxheads.moh import MoHConfig
-from jaxheads.nn import MoHAttention, auxiliary_loss
+
+Subject = Literal["operator", "layer", "decode"]
+_ON_CPU = (512, 1024, 2048, 4096)
+_ON_ACCELERATOR = (1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
+_ALL = "all heads"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BenchConfig:
-  """Times one attention layer: routed heads against all heads."""
+  """Times routed heads against all heads."""
 
-  lengths: tuple[int, ...] = (512, 1024, 2048, 4096)
-  """Sequence lengths, in tokens."""
-  active: tuple[float, ...] = (0.75, 0.5)
+  subjects: tuple[Subject, ...] = ("operator", "layer", "decode")
+  """What to time."""
+  lengths: tuple[int, ...] = ()
+  """Tokens of a sequence; by default 512 to 4K on CPUs, else 1K to 128K."""
+  active: tuple[float, ...] = (0.9, 0.75, 0.5)
   """Fractions of active heads to compare with all heads."""
   heads: int = 16
   """Query heads."""
-  kv_heads: int = 16
-  """Key and value heads."""
+  kv_heads: int | None = None
+  """Key and value heads; as many as query heads by default."""
   head_dim: int = 64
   """Size of one head; the layer's width is heads x head_dim."""
   shared: int | None = None
   """Heads that are always on; a quarter of the heads by default."""
+  group_size: int = 1
+  """Heads that are picked together."""
   stride: int = 0
   """Vertical stride of sharded contexts (blocks of 64 tokens, 8 local); 0 is no
   sharding."""
   batch: int = 1
   """Sequences."""
-  dtype: str = "float32"
-  """Of the computation: float32 or bfloat16."""
+  decode_batch: int = 8
+  """Sequences of a decoding step."""
+  dtype: str | None = None
+  """float32 or bfloat16; by default float32 on CPUs, bfloat16 elsewhere."""
   rounds: int = 7
   """Timed runs of every variant, after one that compiles."""
   dense_limit: int = 2048
-  """Longest length at which the whole attention matrix is timed too."""
+  """Longest length at which XLA's whole attention matrix is timed too."""
   json: pathlib.Path | None = None
   """Where to write the figures as JSON."""
 
   def __post_init__(self) -> None:
-    if self.rounds < 1:
-      raise UserError(f"`--rounds` must be at least 1, got {self.rounds}.")
+    for name in ("rounds", "heads", "head_dim", "batch", "decode_batch"):
+      if getattr(self, name) < 1:
+        flag = name.replace("_", "-")
+        raise UserError(
+          f"`--{flag}` must be at least 1, got {getattr(self, name)}."
+        )
     if self.stride < 0:
       raise UserError(f"`--stride` must not be negative, got {self.stride}.")
-    if self.dtype not in ("float32", "bfloat16"):
+    if self.dtype not in (None, "float32", "bfloat16"):
       raise UserError(
         f"`--dtype` must be float32 or bfloat16, got {self.dtype!r}."
+      )
+    if self.kv_heads is not None and (
+      self.kv_heads < 1 or self.heads % self.kv_heads
+    ):
+      raise UserError(
+        f"`--kv-heads` must divide the {self.heads} heads, got {self.kv_heads}."
       )
     for length in self.lengths:
       if length < 1:
         raise UserError(f"`--lengths` must be positive, got {length}.")
 
+  def resolved(self) -> "BenchConfig":
+    """With the defaults of this machine."""
+    is_cpu = jax.default_backend() == "cpu"
+    return dataclasses.replace(
+      self,
+      lengths=self.lengths or (_ON_CPU if is_cpu else _ON_ACCELERATOR),
+      kv_heads=self.kv_heads or self.heads,
+      dtype=self.dtype or ("float32" if is_cpu else "bfloat16"),
+    )
 
-@dataclasses.dataclass(frozen=True)
-class Variant:
-  """A layer to time."""
+  def sizes(self, subject: Subject, length: int) -> Sizes:
+    """One problem."""
+    assert self.kv_heads and self.dtype
+    return Sizes(
+      batch=self.decode_batch if subject == "decode" else self.batch,
+      length=length,
+      heads=self.heads,
+      kv_heads=self.kv_heads,
+      head_dim=self.head_dim,
+      stride=self.stride,
+      dtype=self.dtype,
+    )
 
-  name: str
-  execution: str
-  moh: MoHConfig
-
-
-Run = Callable[[], Any]
-
-
-def variants(config: BenchConfig, length: int) -> list[Variant]:
-  """The baseline first, then what is compared with it."""
-
-  def heads(active: float) -> MoHConfig:
+  def plan(self, active: float) -> MoHConfig:
+    """The heads of a layer."""
     try:
-      return MoHConfig.from_fraction(config.heads, active, shared=config.shared)
+      return MoHConfig.from_fraction(
+        self.heads, active, shared=self.shared, group_size=self.group_size
+      )
     except ValueError as error:
       raise UserError(str(error)) from None
 
-  # The faster way to compute all heads.
-  execution = "dense" if config.stride else "dispatch"
-  listed = [Variant("all heads", execution, heads(1.0))]
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+  """Something to time.
+
+  Attributes:
+    name: For the tables.
+    moh: Which heads are active.
+    make: Compiled calls, or `Unavailable`.
+    ideal: Speed-up against all heads that what is computed would allow.
+    kv_read: KV heads that are read, of all.
+  """
+
+  name: str
+  moh: MoHConfig
+  make: Callable[[], Calls]
+  ideal: float = 1.0
+  kv_read: float = 1.0
+
+
+def variants(
+  config: BenchConfig, subject: Subject, length: int
+) -> list[Variant]:
+  """The baseline first, then what is compared with it."""
+  sizes = config.sizes(subject, length)
+  makers = {"operator": _operator, "layer": _layer, "decode": _decode}
+  make = makers[subject]
+  everything = config.plan(1.0)
+  listed = [make(_ALL, sizes, everything)]
   for active in config.active:
-    moh = heads(active)
-    listed.append(Variant(f"{moh.active_fraction:.0%}", "dispatch", moh))
-  if length <= config.dense_limit and not config.stride:
-    listed.append(Variant("dense", "dense", heads(1.0)))
+    moh = config.plan(active)
+    listed.append(make(f"{moh.active_fraction:.0%}", sizes, moh))
+  if subject == "operator":
+    listed.append(
+      Variant(
+        "not packed",
+        everything,
+        functools.partial(cases.whole_operator, sizes),
+      )
+    )
+  if config.stride:
+    return listed
+  if subject == "layer" and length <= config.dense_limit:
+    dense = functools.partial(cases.whole_layer, sizes, everything, "dense")
+    listed.append(Variant("dense", everything, dense))
+  if subject == "operator":
+    # Logits, weights and their gradients, up to the longest length allowed.
+    limit = 16 * config.batch * config.heads * config.dense_limit**2 / 2**30
+    problem = sizes.problem()
+    for name, dense in (
+      (
+        "dense, jax.nn",
+        functools.partial(attention_cases.dense, problem, limit_gib=limit),
+      ),
+      ("dense, splash", functools.partial(attention_cases.splash, problem)),
+    ):
+      listed.append(Variant(name, everything, dense))
   return listed
 
 
-def make_runs(
-  config: BenchConfig, length: int, variant: Variant
-) -> dict[str, Run]:
-  """Compiled forward, and forward plus backward, of one variant."""
-  dtype = jnp.dtype(config.dtype)
-  width = config.heads * config.head_dim
-  try:
-    layer = MoHAttention(
-      config.heads,
-      width,
-      num_kv_heads=config.kv_heads,
-      moh=variant.moh,
-      pattern=pattern_of(config),
-      rope_theta=10_000.0,
-      use_bias=False,
-      dtype=dtype,
-      execution=variant.execution,
-      rngs=nnx.Rngs(0),
-    )
-  except ValueError as error:
-    raise UserError(str(error)) from None
-  x = jax.random.normal(jax.random.key(1), (config.batch, length, width), dtype)
-  parts: Any = nnx.split(layer, nnx.Param, ...)
-  graph, params, rest = parts
-
-  def forward(params: Any, x: jax.Array, rest: Any) -> jax.Array:
-    return nnx.merge(graph, params, rest, copy=True)(x, is_causal=True)
-
-  def loss(params: Any, x: jax.Array, rest: Any) -> jax.Array:
-    merged = nnx.merge(graph, params, rest, copy=True)
-    out = merged(x, is_causal=True).astype(jnp.float32)
-    return jnp.mean(out * out) + 0.01 * auxiliary_loss(merged)
-
-  jit_forward = jax.jit(forward)
-  jit_gradient = jax.jit(jax.grad(loss, argnums=(0, 1)))
-  return {
-    "forward": lambda: jit_forward(params, x, rest),
-    "forward+backward": lambda: jit_gradient(params, x, rest),
-  }
+def _operator(name: str, sizes: Sizes, moh: MoHConfig) -> Variant:
+  make = functools.partial(cases.packed_operator, sizes, moh)
+  return Variant(name, moh, make, 1 / moh.active_fraction)
 
 
-def interleave(runs: dict[str, Run], rounds: int) -> dict[str, list[float]]:
-  """Milliseconds of every run in every round."""
-  for run in runs.values():
-    jax.block_until_ready(run())
-  times: dict[str, list[float]] = {name: [] for name in runs}
-  for _ in range(rounds):
-    for name, run in runs.items():
-      start = time.perf_counter()
-      jax.block_until_ready(run())
-      times[name].append((time.perf_counter() - start) * 1e3)
-  return times
+def _layer(name: str, sizes: Sizes, moh: MoHConfig) -> Variant:
+  # The faster way to compute all heads.
+  execution = "dense" if sizes.stride and name == _ALL else "dispatch"
+  make = functools.partial(cases.whole_layer, sizes, moh, execution)
+  flops = functools.partial(cases.layer_flops, sizes)
+  return Variant(name, moh, make, flops(sizes.heads) / flops(moh.num_active))
 
 
-def pattern_of(config: BenchConfig) -> s2.Pattern | None:
-  """What each head sees; None is everything."""
-  if not config.stride:
-    return None
-  return s2.strided(
-    config.heads,
-    num_kv_heads=config.kv_heads,
-    local_blocks=8,
-    vertical_stride=config.stride,
-  )
+def _decode(name: str, sizes: Sizes, moh: MoHConfig) -> Variant:
+  make = functools.partial(cases.decode_step, sizes, moh)
+  read = cases.read_fraction(sizes, moh)
+  moved = functools.partial(cases.decode_bytes, sizes)
+  return Variant(name, moh, make, moved(1.0) / moved(read), read)
 
 
-def ideal_ratio(config: BenchConfig, length: int, moh: MoHConfig) -> float:
-  """All heads over active heads, in FLOPs of the whole layer."""
-  pattern = pattern_of(config)
-  visible = (length + 1) / 2 * (pattern.density(length) if pattern else 1)
-
-  def flops(heads: int) -> float:  # Per token and head size, 2 per MAC.
-    width = config.heads * config.head_dim
-    per_head = 4 * width + 4 * visible  # Q and O; logits and values.
-    return heads * per_head + config.kv_heads * 4 * width
-
-  return flops(config.heads) / flops(moh.num_active)
-
-
-def measure(config: BenchConfig) -> list[dict[str, Any]]:
-  """One row for each length, direction and variant."""
+def measure(
+  config: BenchConfig, subject: Subject, length: int
+) -> list[dict[str, Any]]:
+  """One row for each direction and variant."""
+  listed = variants(config, subject, length)
+  made: dict[str, Calls] = {}
+  for variant in listed:
+    try:
+      made[variant.name] = variant.make()
+    except Unavailable:
+      continue
   rows = []
-  for length in config.lengths:
-    listed = variants(config, length)
-    runs = {v.name: make_runs(config, length, v) for v in listed}
-    for direction in ("forward", "forward+backward"):
-      times = interleave(
-        {name: run[direction] for name, run in runs.items()}, config.rounds
-      )
-      base = times[listed[0].name]
-      for variant in listed:
-        ratios = [b / t for b, t in zip(base, times[variant.name], strict=True)]
-        rows.append(
-          {
-            "length": length,
-            "direction": direction,
-            "variant": variant.name,
-            "execution": variant.execution,
-            "active_heads": variant.moh.num_active,
-            "shared_heads": variant.moh.num_shared,
-            "median_ms": statistics.median(times[variant.name]),
-            "min_ms": min(times[variant.name]),
-            "speedup": statistics.median(ratios),
-            "ideal_speedup": ideal_ratio(config, length, variant.moh),
-          }
+  for direction in made[_ALL]:
+    times, failed = interleave(
+      {name: calls[direction] for name, calls in made.items()}, config.rounds
+    )
+    for variant in listed:
+      if variant.name not in made:
+        continue
+      row: dict[str, Any] = {
+        "subject": subject,
+        "length": length,
+        "direction": direction,
+        "variant": variant.name,
+        "active_heads": variant.moh.num_active,
+        "shared_heads": variant.moh.num_shared,
+        "ideal_speedup": variant.ideal,
+        "kv_read": variant.kv_read,
+      }
+      if variant.name in failed:
+        rows.append(row | {"absent": failed[variant.name]})
+        continue
+      mine = times[variant.name]
+      row |= {"median_ms": statistics.median(mine), "min_ms": min(mine)}
+      if _ALL in times:
+        row["speedup"] = statistics.median(
+          b / t for b, t in zip(times[_ALL], mine, strict=True)
         )
+      rows.append(row)
   return rows
 
 
-def environment() -> dict[str, Any]:
-  """What the figures depend on."""
-  device = jax.devices()[0]
-  return {
-    "jax": jax.__version__,
-    "python": platform.python_version(),
-    "platform": device.platform,
-    "device": device.device_kind,
-    "cpus": os.cpu_count(),
-  }
-
-
-def table(rows: list[dict[str, Any]]) -> rich.table.Table:
-  """The rows, for people."""
-  result = rich.table.Table(title="One layer, against all heads active")
-  for name in ("length", "direction", "heads", "median", "speed-up", "ideal"):
+def table(rows: list[dict[str, Any]], subject: Subject) -> rich.table.Table:
+  """The rows of a subject, for people."""
+  result = rich.table.Table(title=f"{subject}, against all heads active")
+  names = ["tokens", "direction", "heads", "median", "speed-up", "ideal"]
+  if subject == "decode":
+    names.append("KV heads read")
+  for name in names:
     result.add_column(name, justify="right")
   for row in rows:
-    ideal = f"{row['ideal_speedup']:.2f}x"
-    result.add_row(
-      f"{row['length']:,}",
-      row["direction"],
-      row["variant"],
-      f"{row['median_ms']:.1f} ms",
-      f"{row['speedup']:.2f}x",
-      "" if row["active_heads"] == rows[0]["active_heads"] else ideal,
-    )
+    if row["subject"] != subject:
+      continue
+    cells = [f"{row['length']:,}", row["direction"], row["variant"]]
+    if "absent" in row:
+      result.add_row(*cells, row["absent"])
+      continue
+    cells.append(f"{row['median_ms']:.1f} ms")
+    cells.append(f"{row['speedup']:.2f}x" if "speedup" in row else "")
+    is_routed = row["variant"].endswith("%")
+    cells.append(f"{row['ideal_speedup']:.2f}x" if is_routed else "")
+    if subject == "decode":
+      cells.append(f"{row['kv_read']:.0%}")
+    result.add_row(*cells)
   return result
 
 
 @one_line_errors
 def main() -> None:
-  config = tyro.cli(BenchConfig, description=__doc__)
+  config = tyro.cli(BenchConfig, description=__doc__).resolved()
   console = rich.console.Console()
   facts = environment()
   console.print(", ".join(f"{name} {value}" for name, value in facts.items()))
-  rows = measure(config)
-  console.print(table(rows))
+  rows = []
+  for subject in config.subjects:
+    for length in config.lengths:
+      rows += measure(config, subject, length)
+    console.print(table(rows, subject))
   if config.json is not None:
     settings = dataclasses.asdict(config) | {"json": None}
-    config.json.parent.mkdir(parents=True, exist_ok=True)
-    config.json.write_text(
-      json.dumps(
-        {"environment": facts, "settings": settings, "rows": rows}, indent=2
-      )
-      + "\n"
+    write_json(
+      config.json, {"environment": facts, "settings": settings, "rows": rows}
     )
     console.print(f"wrote {config.json}")
 

@@ -68,10 +68,20 @@ def append(
   for variable, new in ((cache.cached_key, k), (cache.cached_value, v)):
     value = variable[...]
     new = new.swapaxes(1, 2).astype(value.dtype)
-    variable[...] = jax.lax.dynamic_update_slice(
-      value, new, (zero, zero, index, zero)
-    )
+    variable[...] = _write(value, new, (zero, zero, index, zero))
   cache.cache_index[...] = index + k.shape[1]
+
+
+def _write(value: Array, new: Array, start: tuple[Array, ...]) -> Array:
+  """As `jax.lax.dynamic_update_slice`, in place."""
+  # In a loop, of one turn that XLA does not know to be one: its CPU compiler
+  # fuses a bare update into every reader, each with a copy of the cache.
+  return jax.lax.fori_loop(
+    0,
+    jnp.minimum(start[2] + 1, 1),
+    lambda _, value: jax.lax.dynamic_update_slice(value, new, start),
+    value,
+  )
 
 
 def slots(

@@ -284,7 +284,7 @@ def test_paged_attention_compiles(
     table = PageTable.contiguous(lengths, pages_per_row=length // page)
     return paged_attention(q, k, v, table, implementation="mosaic_tpu")
 
-  def shape(*sizes, dtype=jnp.dtype(dtype)):
+  def shape(*sizes, dtype=dtype):
     return jax.ShapeDtypeStruct(sizes, dtype)
 
   pool = shape(rows * length // page, page, head_size)

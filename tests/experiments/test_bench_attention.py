@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from experiments import _attention_cases as attention_cases
+from experiments import _timing as timing
 from experiments import bench_attention
 from experiments._attention_cases import Problem
 
@@ -94,7 +95,7 @@ def test_a_baseline_that_fails_is_reported_not_raised():
   def broken():
     raise RuntimeError("no such kernel\nand much more")
 
-  times, reasons = bench_attention.interleave(
+  times, reasons = timing.interleave(
     {"a": exhausted, "b": broken, "c": lambda: None}, 2
   )
   assert reasons == {"a": "out of memory", "b": "failed: no such kernel"}
@@ -113,5 +114,5 @@ def test_flex_attention_says_when_torch_is_missing(monkeypatch):
     block_size=4,
     local_blocks=2,
   )
-  with pytest.raises(attention_cases.Unavailable, match="not installed"):
+  with pytest.raises(timing.Unavailable, match="not installed"):
     attention_cases.flex(problem, 2)

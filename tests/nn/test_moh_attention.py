@@ -862,6 +862,25 @@ def test_a_decode_step_does_not_retrace():
   assert next(traces) == 1
 
 
+@pytest.mark.parametrize("heads", [N, 2])
+def test_a_decode_step_writes_its_cache_in_place(heads):
+  module = make(PLAN, num_kv_heads=heads, rope_theta=100.0)
+  module.init_cache((B, 1 << 16, D))
+  graph, cache, rest = nnx.split(module, nnx.Cache, ...)
+
+  def step(cache, rest, x):
+    merged = nnx.merge(graph, cache, rest, copy=True)
+    return merged(x, decode=True), nnx.state(merged, nnx.Cache)
+
+  compiled = (
+    jax.jit(step, donate_argnums=0).lower(cache, rest, normal(B, 1, D))
+  ).compile()
+  keys = module.cached_key[...].nbytes
+  memory = compiled.memory_analysis()
+  assert memory.alias_size_in_bytes >= 2 * keys
+  assert memory.temp_size_in_bytes < keys / 4
+
+
 def test_keys_are_cached_for_heads_nobody_has_picked_yet():
   # Token 0 picks heads by +x, the last token by -x: other heads.
   moh = MoHConfig(num_heads=N, num_shared=0, top_k=2, gates="paper")
