@@ -82,12 +82,12 @@ class Sizes:
 
 def picked_heads(moh: MoHConfig, batch: int, length: int) -> jax.Array:
   """Heads of tokens that pick at random, bool [B, T, N]."""
-  x = jax.random.normal(jax.random.key(2), (batch, length, 32))
-  routed = jax.random.normal(jax.random.key(3), (32, moh.num_routed))
+  width = max(moh.num_routed, 1)  # A score of its own for every routed head.
+  x = jax.random.normal(jax.random.key(2), (batch, length, width))
   params = RouterParams(
-    routed if moh.routes else None,
-    jnp.zeros((32, 2)) if moh.routes and moh.num_shared else None,
-    jnp.zeros((32, moh.num_shared)) if moh.num_shared > 1 else None,
+    jnp.eye(width) if moh.routes else None,
+    jnp.zeros((width, 2)) if moh.routes and moh.num_shared else None,
+    jnp.zeros((width, moh.num_shared)) if moh.num_shared > 1 else None,
   )
   return route(x, params, moh).mask
 

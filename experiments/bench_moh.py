@@ -24,6 +24,7 @@ import dataclasses
 import functools
 import pathlib
 import statistics
+import warnings
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -136,9 +137,11 @@ class BenchConfig:
   def plan(self, active: float) -> MoHConfig:
     """The heads of a layer."""
     try:
-      return MoHConfig.from_fraction(
-        self.heads, active, shared=self.shared, group_size=self.group_size
-      )
+      with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # About training.
+        return MoHConfig.from_fraction(
+          self.heads, active, shared=self.shared, group_size=self.group_size
+        )
     except ValueError as error:
       raise UserError(str(error)) from None
 
