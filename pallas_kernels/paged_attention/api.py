@@ -16,7 +16,7 @@ from pallas_kernels.paged_attention.table import PageTable
 from pallas_kernels.shapes import check_shape
 
 # From best to the one that covers everything.
-_ORDER = ("mosaic_tpu", "xla")
+_ORDER = ("mosaic_tpu", "triton", "xla")
 _NAMED = (*_ORDER, "reference")
 _OPERATION = "paged_attention"
 
@@ -52,8 +52,8 @@ def paged_attention(
     seen: How many tokens of its row each query sees, for several new tokens
       that are in the cache already; `None` is all.
     scale: Multiplies the logits; `None` means H ** -0.5.
-    implementation: "reference", "xla", "mosaic_tpu" (TPU) or `None` for the
-      best one.
+    implementation: "reference", "xla", "mosaic_tpu" (TPU), "triton" (GPU) or
+      `None` for the best one.
 
   Returns:
     In q's dtype; softmax and sums are float32. Queries that see no token

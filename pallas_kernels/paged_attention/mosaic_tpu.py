@@ -14,6 +14,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
 from pallas_kernels.head_attention.mosaic_tpu.tile import matmul
+from pallas_kernels.paged_attention.merge import LOWEST
 from pallas_kernels.paged_attention.operands import Operands, Settings
 from pallas_kernels.paged_attention.steps import make_steps
 
@@ -25,7 +26,6 @@ _BUFFERS = 2
 # Numbers that scalar memory holds: 512 KiB of the 1 MiB that every TPU has.
 _MOST_SCALARS = 1 << 17
 _MOST_QUERIES = 256
-_LOWEST = -1e30
 # What the compiler's tiles of memory need.
 _SUBLANES = {4: 8, 2: 16, 1: 32}
 
@@ -171,7 +171,7 @@ def _kernel(
 
   @pl.when(first == 0)
   def start_row() -> None:
-    m_ref[...] = jnp.full_like(m_ref, _LOWEST)
+    m_ref[...] = jnp.full_like(m_ref, LOWEST)
     l_ref[...] = jnp.zeros_like(l_ref)
     acc_ref[...] = jnp.zeros_like(acc_ref)
 
@@ -185,7 +185,7 @@ def _kernel(
       # Queries down, tokens across; values have tokens down.
       at = first + jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1)
       visible = at < seen_ref[...]
-      logits = jnp.where(visible, logits, _LOWEST)
+      logits = jnp.where(visible, logits, LOWEST)
       at = first + jax.lax.broadcasted_iota(jnp.int32, v.shape, 0)
       v = jnp.where(at < tables.lengths[row], v, jnp.zeros_like(v))
     m_old = m_ref[...]

@@ -4,13 +4,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.paged_attention.merge import LOWEST, Parts, merge
 from pallas_kernels.paged_attention.operands import Operands, Settings
 from pallas_kernels.paged_attention.steps import make_steps
 
 # Tokens of a turn of the loop: their keys and values stay in a core's cache
 # (measured with `experiments/bench_decode.py` on a CPU).
 _TOKENS = 4096
-_LOWEST = -1e30
 
 
 def refusal(settings: Settings, operands: Operands) -> str | None:
@@ -31,7 +31,7 @@ def attention(settings: Settings, operands: Operands) -> Float[Array, "R Q H"]:
   first = jnp.pad(steps.first, (0, padding))
   seen = jnp.minimum(seen, table.lengths[:, None])
 
-  def attend(index: Array, parts: _Parts) -> _Parts:
+  def attend(index: Array, parts: Parts) -> Parts:
     at = index * turn
     which, start = (
       jax.lax.dynamic_slice_in_dim(x, at, turn) for x in (row, first)
@@ -55,12 +55,12 @@ def attention(settings: Settings, operands: Operands) -> Float[Array, "R Q H"]:
   length = row.shape[0]
   empty = (
     jnp.zeros((length, queries, size), jnp.float32),
-    jnp.full((length, queries), _LOWEST, jnp.float32),
+    jnp.full((length, queries), LOWEST, jnp.float32),
     jnp.zeros((length, queries), jnp.float32),
   )
   turns = -(-steps.num_steps // turn)
   parts = jax.lax.fori_loop(jnp.zeros_like(turns), turns, attend, empty)
-  return _merge(parts, row, rows).astype(q.dtype)
+  return merge(parts, row, rows).astype(q.dtype)
 
 
 def _take(
@@ -75,17 +75,13 @@ def _take(
   return jax.lax.bitcast_convert_type(taken, pool.dtype)
 
 
-# Weighted sum of the values, greatest logit, sum of the weights.
-_Parts = tuple[Float[Array, "W Q H"], Float[Array, "W Q"], Float[Array, "W Q"]]
-
-
 def _part(
   scale: float,
   q: Float[Array, "c Q H"],
   k: Float[Array, "c page H"],
   v: Float[Array, "c page H"],
   limit: Int[Array, "c Q"],
-) -> _Parts:
+) -> Parts:
   """Of one page each; a query sees tokens before its limit."""
   tokens = jnp.arange(k.shape[1], dtype=jnp.int32)
   held = (tokens < limit.max(axis=1, keepdims=True))[..., None]
@@ -95,23 +91,7 @@ def _part(
     "cqh,cph->cqp", q.astype(jnp.float32), k.astype(jnp.float32)
   )
   visible = tokens < limit[..., None]
-  logits = jnp.where(visible, logits, _LOWEST)
+  logits = jnp.where(visible, logits, LOWEST)
   peak = logits.max(axis=-1)
   weights = jnp.where(visible, jnp.exp(logits - peak[..., None]), 0.0)
   return jnp.einsum("cqp,cph->cqh", weights, v), peak, weights.sum(axis=-1)
-
-
-def _merge(
-  parts: _Parts, row: Int[Array, " W"], rows: int
-) -> Float[Array, "R Q H"]:
-  """Softmax over all pages of a row; 0 where there is nothing."""
-  values, peak, total = parts
-
-  def add(x: Array) -> Array:
-    return jax.ops.segment_sum(x, row, rows, indices_are_sorted=True)
-
-  highest = jax.ops.segment_max(peak, row, rows, indices_are_sorted=True)
-  share = jnp.exp(peak - highest.at[row].get(mode="clip"))
-  total = add(total * share)
-  values = add(values * share[..., None])
-  return values / jnp.where(total > 0, total, 1.0)[..., None]

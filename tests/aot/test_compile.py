@@ -271,6 +271,9 @@ DECODE = (
   ("v5p", 16, 1, 256, 2 * K, 64, "float32"),
   ("v6e", 8, 8, 128, 128 * K, 128, "bfloat16"),
   ("tpu7x", 128, 4, 96, 2 * K, 16, "bfloat16"),
+  ("sm_80", 64, 4, 128, 32 * K, 64, "bfloat16"),
+  ("sm_90", 8, 8, 96, 128 * K, 256, "bfloat16"),
+  ("sm_100", 16, 1, 64, 2 * K, 16, "float32"),
 )
 
 
@@ -280,9 +283,11 @@ DECODE = (
 def test_paged_attention_compiles(
   chip, rows, groups, head_size, length, page, dtype
 ):
+  implementation = "triton" if chip.startswith("sm") else "mosaic_tpu"
+
   def program(q, k, v, lengths):
     table = PageTable.contiguous(lengths, pages_per_row=length // page)
-    return paged_attention(q, k, v, table, implementation="mosaic_tpu")
+    return paged_attention(q, k, v, table, implementation=implementation)
 
   def shape(*sizes, dtype=dtype):
     return jax.ShapeDtypeStruct(sizes, dtype)
@@ -298,10 +303,11 @@ def test_paged_attention_compiles(
   )
   (kernel,) = report.kernels
   assert kernel.startswith("paged_attention")
-  if head_size % 128 == 0:
-    # The pool is read where it lies; narrower heads may be padded first.
-    pool_bytes = pool.size * pool.dtype.itemsize
-    assert report.temp_bytes + report.code_bytes < 8 * MIB < pool_bytes
+  # On GPUs every 512 tokens of a row leave a part that is merged.
+  parts = rows * (length // 512 + 1) * groups * head_size * 4
+  if head_size % 128 == 0 or implementation == "triton":
+    # The pool is read where it lies; TPUs may pad narrower heads first.
+    assert report.temp_bytes + report.code_bytes < parts + 4 * MIB
 
 
 def command_line(*flags):

@@ -15,12 +15,13 @@ from pallas_kernels.paged_attention import (
   PageTable,
   mosaic_tpu,
   paged_attention,
+  triton,
   xla,
 )
 from pallas_kernels.paged_attention.steps import make_steps
 
 FORWARD = 1e-5
-IMPLEMENTATIONS = ("reference", "xla", "mosaic_tpu")
+IMPLEMENTATIONS = ("reference", "xla", "mosaic_tpu", "triton")
 RACES = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
 
 
@@ -29,6 +30,7 @@ def _small_turns(monkeypatch):
   """Several turns and steps at lengths that take no time."""
   monkeypatch.setattr(xla, "_TOKENS", 24)
   monkeypatch.setattr(mosaic_tpu, "_TOKENS", 16)
+  monkeypatch.setattr(triton, "_TOKENS", 16)
 
 
 def draw(seed, lengths, *, Q=3, H=8, page=8, slack=2, dtype=jnp.float32):

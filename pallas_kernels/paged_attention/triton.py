@@ -1,0 +1,170 @@
+"""Paged attention on GPUs: one program for a few pages of a row, then a merge.
+
+Long rows are split over many programs, and every program has as much to do:
+what a step takes does not depend on how uneven the rows are.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+from jaxtyping import Array, Float
+
+from pallas_kernels.head_attention.triton.problem import (
+  LOG2_E,
+  LOWEST,
+  call,
+  divide,
+  dot,
+  load_rows,
+  padded,
+  store_rows,
+)
+from pallas_kernels.paged_attention.merge import merge
+from pallas_kernels.paged_attention.operands import Operands, Settings
+from pallas_kernels.paged_attention.steps import make_steps
+
+# Tokens of a step, unless a page is longer, and of a turn of its loop.
+_TOKENS = 512
+_TILE = 64
+# Rows of a tile of queries: they stay in registers.
+_MOST_QUERIES = 64
+
+
+def refusal(settings: Settings, operands: Operands) -> str | None:
+  """Why these inputs are not covered; None if they are."""
+  del settings
+  queries = operands.q.shape[1]
+  if queries > _MOST_QUERIES:
+    return f"`q` may have at most {_MOST_QUERIES} queries a row, got {queries}."
+  return None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Problem:
+  """Sizes of a call: rows, queries, head size, tokens of a page and a step."""
+
+  R: int
+  Q: int
+  H: int
+  page_size: int
+  tokens: int
+  tile: int
+  scale: float
+
+
+def attention(settings: Settings, operands: Operands) -> Float[Array, "R Q H"]:
+  """See `operands.Implementation`."""
+  q, k_pages, v_pages, table, seen = operands
+  rows, queries, size = q.shape
+  page_size = operands.page_size
+  tokens = max(1, _TOKENS // page_size) * page_size
+  steps = make_steps(table, tokens, page_size)
+  length = steps.row.shape[0]
+  dtype = jnp.promote_types(q.dtype, k_pages.dtype)
+  problem = _Problem(
+    rows,
+    queries,
+    size,
+    page_size,
+    tokens,
+    min(_TILE, pl.next_power_of_2(max(16, tokens))),
+    settings.scale,
+  )
+  values, peak, total = call(
+    _kernel,
+    problem,  # type: ignore[arg-type]
+    grid=(length,),
+    inputs=(
+      steps.row,
+      steps.first,
+      table.starts.astype(jnp.int32),
+      table.lengths.astype(jnp.int32),
+      jnp.clip(table.pages, 0, k_pages.shape[0] - 1).astype(jnp.int32),
+      jnp.minimum(seen, table.lengths[:, None]).astype(jnp.int32),
+      q.astype(dtype)[:, :, None],
+      k_pages[:, :, None],
+      v_pages[:, :, None],
+    ),
+    out_shape=(
+      jax.ShapeDtypeStruct((length, queries, size), jnp.float32),
+      jax.ShapeDtypeStruct((length, queries), jnp.float32),
+      jax.ShapeDtypeStruct((length, queries), jnp.float32),
+    ),
+    num_warps=4,
+    num_stages=2,
+    interpret=settings.interpret,
+    name="paged_attention",
+  )
+  return merge((values, peak, total), steps.row, rows).astype(q.dtype)
+
+
+def _kernel(
+  problem: _Problem,
+  row_ref: Any,
+  first_ref: Any,
+  starts_ref: Any,
+  lengths_ref: Any,
+  pages_ref: Any,
+  seen_ref: Any,
+  q_ref: Any,
+  k_ref: Any,
+  v_ref: Any,
+  values_ref: Any,
+  peak_ref: Any,
+  total_ref: Any,
+) -> None:
+  """One step: softmax over its tokens, of the queries of its row."""
+  step = pl.program_id(0)
+  row, first = row_ref[step], first_ref[step]
+  used = row < problem.R
+  row = jnp.minimum(row, problem.R - 1)
+  queries = lax.iota(jnp.int32, padded(problem.Q))
+  exist = queries < problem.Q
+  zero = jnp.int32(0)
+  q = load_rows(q_ref, row, queries, zero, problem.H, exist=exist)
+  seen = plgpu.load(seen_ref.at[row, queries], mask=exist, other=0)
+  length = lengths_ref[row]
+  start = starts_ref[row]
+  last = jnp.minimum(length, first + problem.tokens)
+  last = jnp.where(used, last, first)
+
+  def visit(index: jax.Array, carry: Any) -> Any:
+    acc, m, l = carry
+    tokens = first + index * problem.tile + lax.iota(jnp.int32, problem.tile)
+    there = tokens < last
+    page = divide(tokens, problem.page_size)
+    at = jnp.minimum(start + page, pages_ref.shape[0] - 1)
+    number = plgpu.load(pages_ref.at[at], mask=there, other=0)[:, None]
+    place = (number, tokens - page * problem.page_size, zero, problem.H)
+    k, v = (
+      load_rows(ref, *place, exist=there).astype(q.dtype)
+      for ref in (k_ref, v_ref)
+    )
+    logits = dot(q, k, trans_b=True) * (problem.scale * LOG2_E)
+    visible = (tokens[None] < seen[:, None]) & there[None]
+    logits = jnp.where(visible, logits, -jnp.inf)
+    top = jnp.maximum(m, jnp.max(logits, axis=1))
+    weights = jnp.exp2(logits - top[:, None])
+    shrink = jnp.exp2(m - top)
+    l = l * shrink + jnp.sum(weights, axis=1)
+    acc = acc * shrink[:, None] + dot(weights.astype(v.dtype), v)
+    return acc, top, l
+
+  acc, m, l = lax.fori_loop(
+    0,
+    divide(last - first + (problem.tile - 1), problem.tile),
+    visit,
+    (
+      jnp.zeros((queries.size, padded(problem.H)), jnp.float32),
+      jnp.full((queries.size,), LOWEST, jnp.float32),
+      jnp.zeros((queries.size,), jnp.float32),
+    ),
+  )
+  store_rows(values_ref, (step, queries[:, None]), problem.H, acc, exist=exist)
+  for ref, numbers in ((peak_ref, m / LOG2_E), (total_ref, l)):
+    plgpu.store(ref.at[step, queries], numbers, mask=exist)
