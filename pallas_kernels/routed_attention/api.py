@@ -21,7 +21,7 @@ from pallas_kernels.routed_attention.tiling import Tiling, default_tiling
 from pallas_kernels.shapes import check_shape
 
 # From best to the one that covers everything.
-_ORDER = ("mosaic_tpu", "xla")
+_ORDER = ("mosaic_tpu", "triton", "xla")
 _NAMED = (*_ORDER, "reference")
 _OPERATION = "routed_attention"
 

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, Protocol
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from pallas_kernels.head_attention import operands as head_operands
 from pallas_kernels.head_attention.contexts import HeadContexts, Rule, Strided
 from pallas_kernels.head_attention.schedule import (
   StridedHeads,
@@ -76,6 +77,26 @@ class Settings:
     Strided rules are causal ones of what `seen_up_to` says.
     """
     return split_heads(HeadContexts(self.block, self.rules(num_heads)))
+
+  def of_heads(self, num_heads: int) -> head_operands.Settings:
+    """What head attention would be asked for."""
+    return head_operands.Settings(
+      pattern=HeadContexts(self.block, self.rules(num_heads)),
+      scale=self.scale,
+      logits_soft_cap=None,
+      q_offset=0,
+      tiling=self.tiling,
+      interpret=self.interpret,
+    )
+
+  def refusal_of_tables(self, num_heads: int) -> str | None:
+    """Why kernels for strided heads do not cover these; None if they do."""
+    if not any(isinstance(run, TableHeads) for run in self.runs(num_heads)):
+      return None
+    return (
+      "`pattern` has heads whose rule is a table, has sinks or two strides; "
+      "routed queries have strided heads here."
+    )
 
 
 def _bounded(rule: Rule, most: int) -> Rule:

@@ -11,6 +11,7 @@ from pallas_kernels.head_attention.triton.keys import (
   KeyTile,
   Mask,
   Sums,
+  fold,
   scaled,
   store_sums,
 )
@@ -18,6 +19,7 @@ from pallas_kernels.head_attention.triton.problem import (
   Problem,
   load_rows,
 )
+from pallas_kernels.head_attention.triton.queries import DenseQueries
 from pallas_kernels.head_attention.triton.walks import kept, load_words
 
 
@@ -66,11 +68,13 @@ def column_kernel(
     kv_head=kv_head,
     positions=positions,
     exist=exist,
-    offset=offset,
+    queries=DenseQueries(problem, None),
   )
-  first_head = jnp.maximum(kv_head * problem.groups, start)
-  last_head = jnp.minimum((kv_head + 1) * problem.groups, stop)
-  begin, end = begin_ref[program], end_ref[program]
+  heads = (
+    jnp.maximum(kv_head * problem.groups, start),
+    jnp.minimum((kv_head + 1) * problem.groups, stop),
+  )
+  share = begin_ref[program], end_ref[program]
 
   def full(head: jax.Array, item: jax.Array, sums: Sums) -> Sums:
     return keys.visit(head, full_tiles_ref[item], None, sums)
@@ -91,25 +95,11 @@ def column_kernel(
   carry = (jnp.int32(0), keys.zeros())
   for starts_ref, visit in ((full_starts_ref, full), (edge_starts_ref, edge)):
 
-    def per_head(
-      head: jax.Array,
-      carry: Any,
-      starts_ref: Any = starts_ref,
-      visit: Any = visit,
-    ) -> Any:
-      before, sums = carry
+    def bounds(head: jax.Array, starts_ref: Any = starts_ref) -> Any:
       row = rules_ref[head - start] * problem.kv_tiles + tile
-      low, high = starts_ref[row], starts_ref[row + 1]
-      # The program's share of this head's visits.
-      sums = lax.fori_loop(
-        jnp.clip(low + begin - before, low, high),
-        jnp.clip(low + end - before, low, high),
-        lambda item, sums: visit(head, item, sums),
-        sums,
-      )
-      return before + (high - low), sums
+      return starts_ref[row], starts_ref[row + 1]
 
-    carry = lax.fori_loop(first_head, last_head, per_head, carry)
+    carry = fold(heads, bounds, share, visit, carry)
   sums = carry[1]
   if is_split:
     rows = program * bkv + span

@@ -11,13 +11,12 @@ because its numbers can be shown without a GPU. It is met in
 """
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
 from pallas_kernels.head_attention.operands import Operands, Settings
@@ -32,7 +31,6 @@ from pallas_kernels.head_attention.triton.columns import (
   column_kernel,
   sum_kernel,
 )
-from pallas_kernels.head_attention.triton.keys import far_kernel, near_kernel
 from pallas_kernels.head_attention.triton.launches import Launch
 from pallas_kernels.head_attention.triton.lists import (
   WORD,
@@ -48,9 +46,21 @@ from pallas_kernels.head_attention.triton.problem import (
   call,
   describe,
 )
+from pallas_kernels.head_attention.triton.queries import DenseQueries
 from pallas_kernels.head_attention.triton.query import (
+  Locate,
   dq_kernel,
   forward_kernel,
+  locate_dense,
+)
+from pallas_kernels.head_attention.triton.strided import (
+  COLUMN,
+  Pair,
+  Source,
+  for_all_heads,
+  ints,
+  kv_heads_of,
+  strided_keys,
 )
 from pallas_kernels.head_attention.triton.walks import (
   ListRefs,
@@ -59,9 +69,6 @@ from pallas_kernels.head_attention.triton.walks import (
   listed_walk,
 )
 
-# Query tiles that one program of a long column takes; a column of a shard is
-# seen by all later queries.
-_COLUMN = 64
 _DTYPES = ("float32", "bfloat16", "float16")
 # Programs along the second and third axis of a grid.
 _GRID = 65535
@@ -108,15 +115,10 @@ def forward(
   outs, lses = [], []
   for run in split_heads(settings.pattern):
     problem = _problem(settings, operands, launch, run)
-    make_walk, arrays = _walks(run, problem)
+    locate, arrays = _locate(run, problem, operands)
     heads = run.stop - run.start
     out, lse = call(
-      functools.partial(
-        forward_kernel,
-        start=run.start,
-        make_walk=make_walk,
-        run_refs=len(arrays),
-      ),
+      functools.partial(forward_kernel, locate=locate, run_refs=len(arrays)),
       problem,
       grid=(problem.q_tiles, heads, problem.B),
       inputs=(*_inputs(operands), *arrays),
@@ -164,27 +166,29 @@ def backward(
     problem = _problem(settings, operands, launches.dkv, run)
     # Runs may share a KV head: their sums meet in float32.
     dtype = operands.k.dtype if len(runs) == 1 else jnp.dtype(jnp.float32)
-    rest = (launches.dkv, problem, dtype)
+    reading = _inputs(operands, residuals)
     if isinstance(run, StridedHeads):
-      dk, dv = _strided_keys(settings, operands, residuals, run, *rest)
+      dk, dv = strided_keys(
+        problem,
+        run,
+        reading,
+        _source(operands, problem),
+        launches.dkv,
+        dtype=dtype,
+        interpret=settings.interpret,
+        name="head_attention",
+      )
     else:
-      dk, dv = _listed_keys(settings, operands, residuals, run, *rest)
-    first, last = _kv_heads(run, problem)
-    if last - first + 1 < problem.K:
-      pad = ((0, 0), (0, 0), (first, problem.K - 1 - last), (0, 0))
-      dk, dv = jnp.pad(dk, pad), jnp.pad(dv, pad)
-    dks.append(dk)
-    dvs.append(dv)
+      dk, dv = _listed_keys(
+        settings, reading, run, launches.dkv, problem, dtype
+      )
+    dks.append(for_all_heads(run, problem, dk))
+    dvs.append(for_all_heads(run, problem, dv))
   return (
     _joined(dqs, 2),
     functools.reduce(jnp.add, dks).astype(operands.k.dtype),
     functools.reduce(jnp.add, dvs).astype(operands.v.dtype),
   )
-
-
-def _kv_heads(run: Run, problem: Problem) -> tuple[int, int]:
-  """First and last KV head of a run."""
-  return run.start // problem.groups, (run.stop - 1) // problem.groups
 
 
 def _dq(
@@ -195,15 +199,10 @@ def _dq(
   run: Run,
 ) -> Array:
   problem = _problem(settings, operands, launch, run)
-  make_walk, arrays = _walks(run, problem)
+  locate, arrays = _locate(run, problem, operands)
   heads = run.stop - run.start
   (dq,) = call(
-    functools.partial(
-      dq_kernel,
-      start=run.start,
-      make_walk=make_walk,
-      run_refs=len(arrays),
-    ),
+    functools.partial(dq_kernel, locate=locate, run_refs=len(arrays)),
     problem,
     grid=(problem.q_tiles, heads, problem.B),
     inputs=(*_inputs(operands), *arrays, *residuals),
@@ -220,101 +219,21 @@ def _dq(
   return dq
 
 
-def _strided_keys(
-  settings: Settings,
-  operands: Operands,
-  residuals: tuple[Array, Array, Array],
-  run: StridedHeads,
-  launch: Launch,
-  problem: Problem,
-  dtype: Any,
-) -> tuple[Array, Array]:
-  """Dk and dv [B, S, KV heads of the run, H] of strided heads."""
-  shards = Shards.of(problem, run.local, run.stride)
-  options: dict[str, Any] = dict(
-    num_warps=launch.num_warps,
-    num_stages=launch.num_stages,
-    interpret=settings.interpret,
-  )
-  reading = _key_inputs(operands, residuals)
-  first, last = _kv_heads(run, problem)
-  far: tuple[Array, ...] = ()
-  pieces = 1
-  if run.stride:
-    heads_of: dict[tuple[int, int], list[int]] = {}
-    for head, residue in enumerate(run.residues, run.start):
-      pair = (head // problem.groups, residue)
-      heads_of.setdefault(pair, []).append(head)
-    # By KV head: heads of a group that have different residues interleave.
-    pairs = sorted(heads_of)
-    blocks = -(-problem.S // problem.block)
-    tokens = min(-(-blocks // run.stride) * problem.block, problem.S)
-    pieces = _pieces(problem, run.stride, len(pairs))
-    shape = (problem.B * pieces, tokens, len(pairs))
-    residues = _ints([residue for _, residue in pairs])
-    dk, dv = call(
-      functools.partial(far_kernel, shards=shards, pieces=pieces),
-      problem,
-      grid=(
-        pl.cdiv(tokens, problem.tiling.block_kv) * pieces,
-        len(pairs),
-        problem.B,
-      ),
-      inputs=(
-        *reading,
-        operands.q_offset[None],
-        residues,
-        _ints([kv_head for kv_head, _ in pairs]),
-        _ints(np.cumsum([0, *(len(heads_of[pair]) for pair in pairs)])),
-        _ints([head for pair in pairs for head in heads_of[pair]]),
-      ),
-      out_shape=(
-        jax.ShapeDtypeStruct((*shape, problem.H), jnp.float32),
-        jax.ShapeDtypeStruct((*shape, problem.Hv), jnp.float32),
-      ),
-      name="head_attention_far_dkv",
-      **options,
-    )
-    kv_heads = [kv_head for kv_head, _ in pairs]
-    starts = np.searchsorted(kv_heads, np.arange(first, last + 2))
-    far = (residues, _ints(starts), dk, dv)
-  shape = (problem.B, problem.S, last - first + 1)
-  dk, dv = call(
-    functools.partial(
-      near_kernel, shards=shards, start=run.start, stop=run.stop, pieces=pieces
-    ),
-    problem,
-    grid=(problem.kv_tiles, last - first + 1, problem.B),
-    inputs=(
-      *reading,
-      operands.q_offset[None],
-      _ints(run.residues),
-      *far,
-    ),
-    out_shape=(
-      jax.ShapeDtypeStruct((*shape, problem.H), dtype),
-      jax.ShapeDtypeStruct((*shape, problem.Hv), dtype),
-    ),
-    name="head_attention_near_dkv",
-    **options,
-  )
-  return dk, dv
+def _source(operands: Operands, problem: Problem) -> Source:
+  """Where the keys' kernels find queries."""
+  offset = operands.q_offset[None]
 
+  def far(pairs: list[Pair]) -> tuple[Array, ...]:
+    heads = [pair.heads for pair in pairs]
+    starts = itertools.accumulate(map(len, heads), initial=0)
+    return offset, ints(list(starts)), ints(list(itertools.chain(*heads)))
 
-def _pieces(problem: Problem, stride: int, pairs: int) -> int:
-  """Programs that share a far tile, so that long columns do not serialise.
-
-  Each leaves a partial sum: together at most half a dk in float32, where the
-  heads of a KV head share their residue.
-  """
-  most = max(1, stride * problem.K // (2 * pairs))
-  return min(pl.cdiv(problem.q_tiles, _COLUMN), most)
+  return Source(DenseQueries, (offset,), far, problem.q_tiles)
 
 
 def _listed_keys(
   settings: Settings,
-  operands: Operands,
-  residuals: tuple[Array, Array, Array],
+  reading: tuple[Array, ...],
   run: TableHeads,
   launch: Launch,
   problem: Problem,
@@ -327,8 +246,8 @@ def _listed_keys(
     interpret=settings.interpret,
   )
   lists = key_lists(run, problem)
-  columns = deal_columns(run, lists, problem, at_most=_COLUMN)
-  first, last = _kv_heads(run, problem)
+  columns = deal_columns(run, lists, problem, at_most=COLUMN)
+  first, last = kv_heads_of(run, problem)
   kv_heads = last - first + 1
   programs = columns.tile.size
   owned = (problem.B, problem.S, kv_heads)
@@ -346,7 +265,7 @@ def _listed_keys(
     problem,
     grid=(programs, problem.B),
     inputs=(
-      *_key_inputs(operands, residuals),
+      *reading,
       *map(jnp.asarray, lists),
       *map(jnp.asarray, columns[:4]),
     ),
@@ -397,10 +316,12 @@ def _problem(
   return describe(settings, operands, tiling)
 
 
-def _walks(
-  run: Run, problem: Problem
-) -> tuple[Callable[..., Walk], tuple[Array, ...]]:
-  """How a kernel finds its visits, and the arrays it reads for that."""
+def _locate(
+  run: Run, problem: Problem, operands: Operands
+) -> tuple[Locate, tuple[Array, ...]]:
+  """How a kernel finds its queries and visits, and what it reads for that."""
+  make_walk: Callable[..., Walk]
+  arrays: tuple[Array, ...]
   if isinstance(run, StridedHeads):
     local, stride = run.local, run.stride
 
@@ -414,43 +335,37 @@ def _walks(
     ) -> Walk:
       residue = refs[0][head]
       shards = Shards.of(problem, local, stride)
-      return shards.walk(tile, positions, residue, offset)
+      visits = shards.visits(tile, residue, offset)
+      return shards.walk(visits, positions, residue)
 
-    return strided, (_ints(run.residues),)
+    make_walk, arrays = strided, (ints(run.residues),)
+  else:
 
-  def listed(
-    problem: Problem,
-    refs: tuple[Any, ...],
-    head: Array,
-    tile: Array,
-    positions: Array,
-    offset: Any,
-  ) -> Walk:
-    return listed_walk(problem, ListRefs(*refs), head, tile, positions, offset)
+    def listed(
+      problem: Problem,
+      refs: tuple[Any, ...],
+      head: Array,
+      tile: Array,
+      positions: Array,
+      offset: Any,
+    ) -> Walk:
+      lists = ListRefs(*refs)
+      return listed_walk(problem, lists, head, tile, positions, offset)
 
-  return listed, tuple(map(jnp.asarray, query_lists(run, problem)))
-
-
-def _inputs(operands: Operands) -> tuple[Array, ...]:
-  q, k, v, q_segment_ids, kv_segment_ids, q_offset = operands
-  arrays = (q, k, v, q_offset[None])
-  if q_segment_ids is None or kv_segment_ids is None:
-    return arrays
-  return (*arrays, q_segment_ids, kv_segment_ids)
+    make_walk = listed
+    arrays = tuple(map(jnp.asarray, query_lists(run, problem)))
+  locate = functools.partial(locate_dense, start=run.start, make_walk=make_walk)
+  return locate, (operands.q_offset[None], *arrays)
 
 
-def _key_inputs(
-  operands: Operands, residuals: tuple[Array, Array, Array]
+def _inputs(
+  operands: Operands, residuals: tuple[Array, ...] = ()
 ) -> tuple[Array, ...]:
   q, k, v, q_segment_ids, kv_segment_ids, _ = operands
   arrays = (q, k, v, *residuals)
   if q_segment_ids is None or kv_segment_ids is None:
     return arrays
   return (*arrays, q_segment_ids, kv_segment_ids)
-
-
-def _ints(values: Any) -> Array:
-  return jnp.asarray(np.asarray(values, np.int32))
 
 
 def _joined(arrays: list[Array], axis: int) -> Array:

@@ -23,14 +23,20 @@ from pallas_kernels.head_attention.triton.problem import (
   dot,
   load_rows,
   logits_of,
-  read_offset,
   store_rows,
+)
+from pallas_kernels.head_attention.triton.queries import (
+  Column,
+  Queries,
+  Visits,
 )
 from pallas_kernels.head_attention.triton.walks import Shards
 
 Sums = tuple[jax.Array, jax.Array]  # dk [block_kv, H], dv [block_kv, Hv]
 # Positions of queries [block_q] -> what they see, [keys, queries].
 Mask = Callable[[jax.Array], jax.Array]
+# (problem, its refs) -> where the queries are.
+MakeQueries = Callable[..., Queries]
 
 
 class _QueryRefs(NamedTuple):
@@ -55,9 +61,9 @@ class KeyTile:
     kv_head: jax.Array,
     positions: jax.Array,
     exist: jax.Array,
-    offset: Any,
+    queries: Queries,
   ) -> None:
-    self.problem, self.batch, self.offset = problem, batch, offset
+    self.problem, self.batch, self.queries = problem, batch, queries
     self.positions = positions
     q_ref, k_ref, v_ref, d_out_ref, lse_ref, delta_ref = (
       next(refs) for _ in range(6)
@@ -85,20 +91,19 @@ class KeyTile:
   ) -> Sums:
     """Adds what query tile `tile` of `head` gives to these keys."""
     problem, refs = self.problem, self.refs
+    batch, head = self.queries.place(self.batch, head)
     dk, dv = sums
     bq = problem.tiling.block_q
     rows = tile * bq + lax.iota(jnp.int32, bq)
     # Queries past the end read as zeros, and so do their gradients.
     exist = None if problem.T % bq == 0 else rows < problem.T
-    q = load_rows(refs.q, self.batch, rows, head, problem.H, exist=exist)
-    d_out = load_rows(
-      refs.d_out, self.batch, rows, head, problem.Hv, exist=exist
-    )
-    lse = _numbers(refs.lse.at[self.batch, head, rows], exist)
-    delta = _numbers(refs.delta.at[self.batch, head, rows], exist)
-    mask = None if mask_of is None else mask_of(self.offset + rows)
+    q = load_rows(refs.q, batch, rows, head, problem.H, exist=exist)
+    d_out = load_rows(refs.d_out, batch, rows, head, problem.Hv, exist=exist)
+    lse = _numbers(refs.lse.at[batch, head, rows], exist)
+    delta = _numbers(refs.delta.at[batch, head, rows], exist)
+    mask = None if mask_of is None else mask_of(self.queries.positions(rows))
     if refs.segments is not None:
-      found = _numbers(refs.segments.at[self.batch, rows], exist)
+      found = _numbers(refs.segments.at[batch, rows], exist)
       same = self.segments[:, None] == found[None]
       mask = same if mask is None else mask & same
     logits, slope = logits_of(problem, dot(self.k, q, trans_b=True))
@@ -114,38 +119,70 @@ class KeyTile:
       d_logits = jnp.where(mask, d_logits, 0.0)
     return dk + dot(d_logits.astype(q.dtype), q), dv
 
-  def visit_heads(
+  def visit_all(
     self,
-    *,
-    count: jax.Array,
-    heads: Callable[[jax.Array], jax.Array],
-    per_head: jax.Array,
-    tile: Callable[[jax.Array], jax.Array],
+    visits: Visits,
     mask_of: Callable[[jax.Array, jax.Array], Mask] | None,
-    share: tuple[Any, int],
     sums: Sums,
+    *,
+    share: tuple[Any, int] = (0, 1),
   ) -> Sums:
-    """Adds a number of query tiles of each of some heads, in one loop.
+    """Adds what query tiles give to these keys.
 
     Args:
-      count: Heads.
-      heads: Which query head the i-th is.
-      per_head: Query tiles a head.
-      tile: Which tile the i-th is.
+      visits: Which ones.
       mask_of: (head, tile) -> its mask; `None` if all is seen.
-      share: (i, n): only the i-th of n equal parts of the loop.
       sums: What to add to.
+      share: (i, n): only the i-th of n equal parts of the visits.
     """
-    total, (part, parts) = count * per_head, share
+
+    def body(span: Any, item: jax.Array, sums: Sums) -> Sums:
+      head, tile = visits.where(span, item)
+      return self.visit(head, tile, mask_of and mask_of(head, tile), sums)
+
+    def length(span: Any, total: Any) -> Any:
+      low, high = visits.bounds(span)
+      return total + (high - low)
+
+    part, parts = share
+    total = lax.fori_loop(0, visits.spans, length, jnp.int32(0))
     size = divide_up(total, parts)
     begin = jnp.minimum(part * size, total)
+    end = jnp.minimum(begin + size, total)
+    carry = (jnp.int32(0), sums)
+    return fold((0, visits.spans), visits.bounds, (begin, end), body, carry)[1]
 
-    def body(visit: jax.Array, sums: Sums) -> Sums:
-      which = lax.div(visit, jnp.maximum(per_head, 1))
-      head, index = heads(which), tile(visit - which * per_head)
-      return self.visit(head, index, mask_of and mask_of(head, index), sums)
 
-    return lax.fori_loop(begin, jnp.minimum(begin + size, total), body, sums)
+def fold(
+  spans: tuple[Any, Any],
+  bounds: Callable[[Any], tuple[Any, Any]],
+  share: tuple[Any, Any],
+  body: Callable[[Any, jax.Array, Sums], Sums],
+  carry: tuple[Any, Sums],
+) -> tuple[Any, Sums]:
+  """Folds over the items of some spans, one span after the other.
+
+  Args:
+    spans: First span and the one after the last.
+    bounds: Span -> its first item and the one after the last.
+    share: Only items begin .. end, counted over all spans.
+    body: (span, item, sums) -> sums.
+    carry: Items counted before the first span, and the sums.
+  """
+  begin, end = share
+
+  def per_span(span: Any, carry: tuple[Any, Sums]) -> tuple[Any, Sums]:
+    before, sums = carry
+    low, high = bounds(span)
+    sums = lax.fori_loop(
+      clip(low + begin - before, low, high),
+      clip(low + end - before, low, high),
+      lambda item, sums: body(span, item, sums),
+      sums,
+    )
+    return before + (high - low), sums
+
+  return lax.fori_loop(*spans, per_span, carry)
 
 
 def _numbers(row: Any, exist: jax.Array | None) -> jax.Array:
@@ -177,6 +214,7 @@ def far_kernel(
   *all_refs: Any,
   shards: Shards,
   pieces: int,
+  make_queries: MakeQueries,
 ) -> None:
   """What the far part gives to one tile of a shard, cut into `pieces`.
 
@@ -184,21 +222,20 @@ def far_kernel(
   that do. Grid: shard tile and piece, pair, batch.
 
   Refs: q, k, v, d_out, lse, delta, segment ids of queries and keys if any,
-  offset, residue and KV head of each pair, where its heads begin, the heads;
-  then dk, dv [B pieces, tokens of a shard, pairs, H], float32.
+  residue and KV head of each pair, those of `make_queries`; then dk, dv
+  [B pieces, tokens of a shard, pairs, H], float32.
   """
   refs = iter(all_refs)
   reading = [next(refs) for _ in range(6 + 2 * problem.has_segments)]
-  offset_ref, residues_ref, kv_heads_ref, starts_ref, heads_ref, *outs = refs
-  bq, bkv = problem.tiling.block_q, problem.tiling.block_kv
-  offset = read_offset(problem, offset_ref)
+  residues_ref, kv_heads_ref, *own_refs, dk_ref, dv_ref = refs
+  queries = make_queries(problem, *own_refs)
+  bkv = problem.tiling.block_kv
   tile = divide(pl.program_id(0), pieces)
   piece = pl.program_id(0) - tile * pieces
   pair, batch = pl.program_id(1), pl.program_id(2)
   residue = residues_ref[pair]
   tokens = tile * bkv + lax.iota(jnp.int32, bkv)
-  length = shards.length(jnp.int32(problem.S), residue)
-  exist = tokens < length
+  exist = tokens < shards.length(jnp.int32(problem.S), residue)
   positions = shards.position(tokens, shards.stride, residue)
   keys = KeyTile(
     problem,
@@ -207,48 +244,20 @@ def far_kernel(
     kv_head=kv_heads_ref[pair],
     positions=positions,
     exist=exist,
-    offset=offset,
+    queries=queries,
   )
-  end = (tile + 1) * bkv
-  first, last = (
-    shards.position(token, shards.stride, residue)
-    for token in (tile * bkv, jnp.minimum(end, length) - 1)
-  )
-  some = shards.first_seer(first, offset)
-  whole = shards.first_seer(last, offset)
-  whole = jnp.where(end <= length, whole, problem.q_tiles)
-  # Beyond the shard's end there is nothing.
-  some = jnp.where(tile * bkv < length, some, problem.q_tiles)
-  whole = jnp.maximum(whole, some)
-  begin = starts_ref[pair]
 
   def mask_of(head: jax.Array, tile: jax.Array) -> Mask:
     del head
-    start = shards.near_start(offset + tile * bq)
-    seen = (positions < start) & exist
+    seen = (positions < shards.near_start(queries.first(tile))) & exist
     return lambda queries: jnp.broadcast_to(seen[:, None], (bkv, queries.size))
 
-  options: dict[str, Any] = dict(
-    count=starts_ref[pair + 1] - begin,
-    heads=lambda which: heads_ref[begin + which],
-    share=(piece, pieces),
-  )
-  sums = keys.visit_heads(
-    per_head=problem.q_tiles - whole,
-    tile=lambda i: whole + i,
-    mask_of=None,
-    sums=keys.zeros(),
-    **options,
-  )
-  sums = keys.visit_heads(
-    per_head=whole - some,
-    tile=lambda i: some + i,
-    mask_of=mask_of,
-    sums=sums,
-    **options,
-  )
+  whole, others = queries.far(shards, Column(batch, pair, tile), residue)
+  sums, share = keys.zeros(), (piece, pieces)
+  sums = keys.visit_all(whole, None, sums, share=share)
+  sums = keys.visit_all(others, mask_of, sums, share=share)
   index = (batch * pieces + piece, tokens[:, None], pair)
-  store_sums(problem, (outs[0], outs[1]), index, sums, exist)
+  store_sums(problem, (dk_ref, dv_ref), index, sums, exist)
 
 
 def near_kernel(
@@ -258,22 +267,24 @@ def near_kernel(
   start: int,
   stop: int,
   pieces: int,
+  make_queries: MakeQueries,
 ) -> None:
   """What the near part gives to one key tile, and the sum with the far part.
 
   Grid: key tile, KV head, batch.
 
   Refs: q, k, v, d_out, lse, delta, segment ids of queries and keys if any,
-  offset, residues of the run's heads; if the heads have shards: residues of
-  the pairs, where each KV head's pairs begin, dk and dv of `far_kernel`; then
-  dk, dv [B, S, KV heads of the run, H].
+  residues of the run's heads; if the heads have shards: residues of the pairs,
+  where each KV head's pairs begin, dk and dv of `far_kernel`; those of
+  `make_queries`; then dk, dv [B, S, KV heads of the run, H].
   """
   refs = iter(all_refs)
   reading = [next(refs) for _ in range(6 + 2 * problem.has_segments)]
-  offset_ref, residues_ref, *rest = refs
-  outs = rest[-2:]
-  bq, bkv = problem.tiling.block_q, problem.tiling.block_kv
-  offset = read_offset(problem, offset_ref)
+  residues_ref = next(refs)
+  far_refs = [next(refs) for _ in range(4 if shards.stride else 0)]
+  *own_refs, dk_ref, dv_ref = refs
+  queries = make_queries(problem, *own_refs)
+  bkv = problem.tiling.block_kv
   tile, kv_of_run, batch = (pl.program_id(i) for i in range(3))
   kv_head = kv_of_run + start // problem.groups
   positions = tile * bkv + lax.iota(jnp.int32, bkv)
@@ -285,22 +296,12 @@ def near_kernel(
     kv_head=kv_head,
     positions=positions,
     exist=exist,
-    offset=offset,
+    queries=queries,
   )
-  first_head = jnp.maximum(kv_head * problem.groups, start)
-  last_head = jnp.minimum((kv_head + 1) * problem.groups, stop)
-  begin, end = tile * bkv, (tile + 1) * bkv
-  # Query tiles that have this one in their near part: from the first whose
-  # last query is no earlier, to the last before it becomes far.
-  some = divide(jnp.maximum(begin - offset, 0), bq)
-  some_end = shards.first_seer(begin, offset)
-  some = jnp.minimum(some, some_end)
-  # Of these, the ones that see all of it.
-  window = (divide(begin, problem.block) + shards.local) * problem.block
-  whole_end = divide(jnp.maximum(window - offset, 0), bq)
-  whole_end = clip(whole_end, some, some_end)
-  whole = clip(divide_up(end - 1 - offset, bq), some, whole_end)
-  whole = jnp.where(end <= problem.S, whole, whole_end)
+  heads = (
+    jnp.maximum(kv_head * problem.groups, start),
+    jnp.minimum((kv_head + 1) * problem.groups, stop),
+  )
 
   def mask_of(head: jax.Array, tile: jax.Array) -> Mask:
     del tile
@@ -313,65 +314,37 @@ def near_kernel(
 
     return mask
 
-  options: dict[str, Any] = dict(
-    count=last_head - first_head,
-    heads=lambda which: first_head + which,
-    share=(0, 1),
-  )
-  sums = keys.visit_heads(
-    per_head=whole_end - whole,
-    tile=lambda i: whole + i,
-    mask_of=None,
-    sums=keys.zeros(),
-    **options,
-  )
-  sums = keys.visit_heads(
-    per_head=(some_end - some) - (whole_end - whole),
-    # Jump over the whole ones in the middle.
-    tile=lambda i: jnp.where(
-      some + i < whole, some + i, some + i + (whole_end - whole)
-    ),
-    mask_of=mask_of,
-    sums=sums,
-    **options,
-  )
+  whole, others = queries.near(shards, Column(batch, kv_of_run, tile), heads)
+  sums = keys.visit_all(whole, None, keys.zeros())
+  sums = keys.visit_all(others, mask_of, sums)
   if shards.stride:
-    pair_residues_ref, starts_ref, *far_refs = rest[:-2]
     sums = _add_far(
-      problem,
-      shards,
-      pair_residues_ref,
-      (starts_ref[kv_of_run], starts_ref[kv_of_run + 1]),
-      far_refs,
-      pieces,
-      batch,
-      positions,
-      sums,
+      problem, shards, far_refs, kv_of_run, pieces, batch, positions, sums
     )
   index = (batch, positions[:, None], kv_of_run)
-  store_sums(problem, (outs[0], outs[1]), index, scaled(problem, sums), exist)
+  store_sums(problem, (dk_ref, dv_ref), index, scaled(problem, sums), exist)
 
 
 def _add_far(
   problem: Problem,
   shards: Shards,
-  residues_ref: Any,
-  pairs: tuple[jax.Array, jax.Array],
   far_refs: list[Any],
+  kv_of_run: jax.Array,
   pieces: int,
   batch: jax.Array,
   positions: jax.Array,
   sums: Sums,
 ) -> Sums:
   """Adds the partial sums of `far_kernel` that belong to a key tile."""
-  dk_ref, dv_ref = far_refs
+  residues_ref, starts_ref, dk_ref, dv_ref = far_refs
+  first, last = starts_ref[kv_of_run], starts_ref[kv_of_run + 1]
   block = problem.block
   index = divide(positions, block)
   round_ = lax.div(index, jnp.int32(shards.stride))
   tokens = round_ * block + (positions & (block - 1))
 
   def body(item: jax.Array, sums: Sums) -> Sums:
-    pair = pairs[0] + divide(item, pieces)
+    pair = first + divide(item, pieces)
     piece = item - divide(item, pieces) * pieces
     own = index - round_ * shards.stride == residues_ref[pair]
 
@@ -381,4 +354,4 @@ def _add_far(
       sums[1] + load_rows(dv_ref, *where, problem.Hv, exist=own),
     )
 
-  return lax.fori_loop(0, (pairs[1] - pairs[0]) * pieces, body, sums)
+  return lax.fori_loop(0, (last - first) * pieces, body, sums)

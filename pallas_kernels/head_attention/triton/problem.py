@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -214,6 +214,7 @@ def call(
   num_stages: int,
   interpret: Any,
   name: str,
+  aliases: Mapping[int, int] | None = None,
 ) -> Any:
   """`pl.pallas_call` on whole arrays.
 
@@ -225,6 +226,7 @@ def call(
     num_warps, num_stages: For Triton's compiler.
     interpret: For `pallas_call`.
     name: What profilers show.
+    aliases: Input -> output that begins as this input.
   """
   bound = functools.partial(kernel, problem)
   # Its address in the compiler's messages and in profiles.
@@ -244,4 +246,5 @@ def call(
       ),
       interpret=interpret,
       name=name,
+      input_output_aliases=dict(aliases or {}),
     )(*inputs)

@@ -1,7 +1,7 @@
 """Triton kernels over query tiles: the output, and the queries' gradient."""
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,52 +25,94 @@ from pallas_kernels.head_attention.triton.walks import Walk
 MakeWalk = Callable[..., Walk]
 
 
+class Located(NamedTuple):
+  """The queries of a program, and what they visit.
+
+  Attributes:
+    rows: Of q, [block_q].
+    batch, head: First and third index of q.
+    head_of_run: Third index of what is written.
+    stored: Which rows the program writes, bool [block_q].
+    exist: Those of them that hold a query; the others are written empty.
+    kv_batch, kv_head: First and third index of the keys.
+    walk: What is visited.
+  """
+
+  rows: jax.Array
+  batch: jax.Array
+  head: jax.Array
+  head_of_run: jax.Array
+  stored: jax.Array
+  exist: jax.Array
+  kv_batch: jax.Array
+  kv_head: jax.Array
+  walk: Walk
+
+
+# (problem, run's refs) -> the queries of this program.
+Locate = Callable[..., Located]
+
+
+def locate_dense(
+  problem: Problem, *refs: Any, start: int, make_walk: MakeWalk
+) -> Located:
+  """Queries [B, T, N, H] at consecutive positions.
+
+  Grid: query tile, head of the run, batch. Refs: offset, those of `make_walk`.
+  """
+  offset = read_offset(problem, refs[0])
+  # The last queries see most: they go first, or the end has idle cores.
+  tile = problem.q_tiles - 1 - pl.program_id(0)
+  head_of_run, batch = pl.program_id(1), pl.program_id(2)
+  head = start + head_of_run
+  bq = problem.tiling.block_q
+  rows = tile * bq + lax.iota(jnp.int32, bq)
+  exist = rows < problem.T
+  return Located(
+    rows=rows,
+    batch=batch,
+    head=head,
+    head_of_run=head_of_run,
+    stored=exist,
+    exist=exist,
+    kv_batch=batch,
+    kv_head=lax.div(head, jnp.int32(problem.groups)),
+    walk=make_walk(problem, refs[1:], head_of_run, tile, offset + rows, offset),
+  )
+
+
 class _Tile:
   """The query tile of a program, and how it reads its keys."""
 
   def __init__(
     self,
     problem: Problem,
-    start: int,
-    make_walk: MakeWalk,
+    locate: Locate,
     refs: Iterator[Any],
     run_refs: int,
   ) -> None:
     self.problem = problem
-    q_ref, self.k_ref, self.v_ref, offset_ref = (next(refs) for _ in range(4))
+    q_ref, self.k_ref, self.v_ref = (next(refs) for _ in range(3))
     self.segments_ref = None
     if problem.has_segments:
       q_segments_ref, self.segments_ref = next(refs), next(refs)
-    own_refs = tuple(next(refs) for _ in range(run_refs))
-    # The last queries see most: they go first, or the end has idle cores.
-    self.tile = problem.q_tiles - 1 - pl.program_id(0)
-    self.head_of_run = pl.program_id(1)
-    self.head = start + self.head_of_run
-    self.kv_head = lax.div(self.head, jnp.int32(problem.groups))
-    self.batch = pl.program_id(2)
-    bq = problem.tiling.block_q
-    self.rows = self.tile * bq + lax.iota(jnp.int32, bq)
-    self.exist = self.rows < problem.T
+    self.at = at = locate(problem, *(next(refs) for _ in range(run_refs)))
+    self.walk = at.walk
     self.q = self.rows_of(q_ref, problem.H)
-    offset = read_offset(problem, offset_ref)
-    self.positions = offset + self.rows
-    self.walk = make_walk(
-      problem, own_refs, self.head_of_run, self.tile, self.positions, offset
-    )
     if problem.has_segments:
       self.segments = plgpu.load(
-        q_segments_ref.at[self.batch, self.rows], mask=self.exist, other=0
+        q_segments_ref.at[at.batch, at.rows], mask=at.exist, other=0
       )
 
   def rows_of(self, ref: Any, size: int) -> jax.Array:
-    return load_rows(
-      ref, self.batch, self.rows, self.head, size, exist=self.exist
-    )
+    at = self.at
+    return load_rows(ref, at.batch, at.rows, at.head, size, exist=at.exist)
 
   def numbers_of(self, ref: Any, other: float) -> jax.Array:
     """One number a query, of ref [B, N, T]."""
+    at = self.at
     return plgpu.load(
-      ref.at[self.batch, self.head, self.rows], mask=self.exist, other=other
+      ref.at[at.batch, at.head, at.rows], mask=at.exist, other=other
     )
 
   def keys(
@@ -80,11 +122,11 @@ class _Tile:
     problem = self.problem
     # Tiles without a mask lie inside the keys.
     exist = None if mask is None else positions < problem.S
-    where = (self.batch, positions, self.kv_head)
+    where = (self.at.kv_batch, positions, self.at.kv_head)
     k = load_rows(self.k_ref, *where, problem.H, exist=exist)
     v = load_rows(self.v_ref, *where, problem.Hv, exist=exist)
     if self.segments_ref is not None:
-      row = self.segments_ref.at[self.batch, positions]
+      row = self.segments_ref.at[self.at.kv_batch, positions]
       if exist is None:
         found = plgpu.load(row)
       else:
@@ -109,17 +151,16 @@ class _Tile:
 def forward_kernel(
   problem: Problem,
   *all_refs: Any,
-  start: int,
-  make_walk: MakeWalk,
+  locate: Locate,
   run_refs: int,
 ) -> None:
   """Softmax over the visits of a query tile; writes output and log-sum-exp.
 
-  Refs: q, k, v, offset, then segment ids of queries and keys if any, then
-  those of the run, then out [B, T, heads, Hv] and lse [B, heads, T].
+  Refs: q, k, v, then segment ids of queries and keys if any, then those of
+  `locate`, then out [B, T, heads, Hv] and lse [B, heads, T].
   """
   refs = iter(all_refs)
-  tile = _Tile(problem, start, make_walk, refs, run_refs)
+  tile = _Tile(problem, locate, refs, run_refs)
   out_ref, lse_ref = refs
   bq = problem.tiling.block_q
 
@@ -145,31 +186,33 @@ def forward_kernel(
       jnp.zeros((bq,), jnp.float32),
     ),
   )
-  empty = l == 0
+  at = tile.at
+  # Tiles that all queries see whole know nothing of rows without one.
+  empty = (l == 0) | ~at.exist
   l = jnp.where(empty, 1.0, l)
-  place = (tile.batch, tile.rows[:, None], tile.head_of_run)
-  store_rows(out_ref, place, problem.Hv, acc / l[:, None], exist=tile.exist)
+  out = jnp.where(empty[:, None], 0.0, acc / l[:, None])
+  place = (at.batch, at.rows[:, None], at.head_of_run)
+  store_rows(out_ref, place, problem.Hv, out, exist=at.stored)
   plgpu.store(
-    lse_ref.at[tile.batch, tile.head_of_run, tile.rows],
+    lse_ref.at[at.batch, at.head_of_run, at.rows],
     jnp.where(empty, -jnp.inf, m / LOG2_E + jnp.log(l)),
-    mask=tile.exist,
+    mask=at.stored,
   )
 
 
 def dq_kernel(
   problem: Problem,
   *all_refs: Any,
-  start: int,
-  make_walk: MakeWalk,
+  locate: Locate,
   run_refs: int,
 ) -> None:
   """Gradient of a query tile.
 
-  Refs: as in `forward_kernel` up to the run's, then d_out, the base-2
+  Refs: as in `forward_kernel` up to `locate`'s, then d_out, the base-2
   log-sum-exp and delta [B, N, T], then dq [B, T, heads, H].
   """
   refs = iter(all_refs)
-  tile = _Tile(problem, start, make_walk, refs, run_refs)
+  tile = _Tile(problem, locate, refs, run_refs)
   d_out_ref, lse_ref, delta_ref, dq_ref = refs
   d_out = tile.rows_of(d_out_ref, problem.Hv)
   lse = tile.numbers_of(lse_ref, 0.0)[:, None]
@@ -189,10 +232,11 @@ def dq_kernel(
 
   shape = (problem.tiling.block_q, problem.columns)
   dq = tile.visit_all(visit, jnp.zeros(shape, jnp.float32))
+  at = tile.at
   store_rows(
     dq_ref,
-    (tile.batch, tile.rows[:, None], tile.head_of_run),
+    (at.batch, at.rows[:, None], at.head_of_run),
     problem.H,
     dq * problem.scale,
-    exist=tile.exist,
+    exist=at.stored,
   )

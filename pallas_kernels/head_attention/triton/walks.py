@@ -108,22 +108,23 @@ class Shards:
     block_kv = self.problem.tiling.block_kv
     return divide(self.window(position), block_kv) * block_kv
 
-  def first_seer(self, limit: jax.Array, q_offset: Any) -> jax.Array:
-    """First query tile whose `near_start` is past key position `limit`."""
-    problem = self.problem
-    block_kv = problem.tiling.block_kv
-    above = (divide(limit, block_kv) + 1) * block_kv
-    blocks = divide_up(above, problem.block) + (self.local - 1)
-    tile = divide_up(blocks * problem.block - q_offset, problem.tiling.block_q)
-    return jnp.minimum(tile, problem.q_tiles)
+  def first_past(self, key: jax.Array) -> jax.Array:
+    """First query whose `near_start` is past a key."""
+    block, block_kv = self.problem.block, self.problem.tiling.block_kv
+    above = (divide(key, block_kv) + 1) * block_kv
+    return (divide_up(above, block) + (self.local - 1)) * block
+
+  def window_end(self, key: jax.Array) -> jax.Array:
+    """First query after the key whose window it is not in."""
+    block = self.problem.block
+    return (divide(key, block) + self.local) * block
 
   def last_query(self, keys: jax.Array, residue: jax.Array) -> jax.Array:
     """Last position that sees a key."""
-    block = self.problem.block
-    index = divide(keys, block)
-    last = (index + self.local) * block - 1
+    last = self.window_end(keys) - 1
     if self.stride == 0:
       return last
+    index = divide(keys, self.problem.block)
     own = lax.rem(index, jnp.int32(self.stride)) == residue
     return jnp.where(own, FOREVER, last)
 
@@ -137,11 +138,21 @@ class Shards:
       residue: The head's.
       offset: Position of the first query.
     """
-    problem = self.problem
-    S = problem.S
-    bq, bkv = problem.tiling.block_q, problem.tiling.block_kv
+    bq = self.problem.tiling.block_q
     first = offset + tile * bq
-    last = jnp.minimum(first + bq, offset + problem.T) - 1
+    last = jnp.minimum(first + bq, offset + self.problem.T) - 1
+    return self.visits_between(first, last, residue)
+
+  def visits_between(
+    self, first: jax.Array, last: jax.Array, residue: jax.Array
+  ) -> "ShardVisits":
+    """What queries visit that lie, in any number, from `first` to `last`.
+
+    Args:
+      first, last: Positions, at least 0.
+      residue: The head's.
+    """
+    S, bkv = self.problem.S, self.problem.tiling.block_kv
     start = self.near_start(first)
     past = jnp.minimum(start, S)
     far_full = far_edge = jnp.int32(0)
@@ -192,17 +203,15 @@ class Shards:
     return (k_positions <= q_positions) & (q_positions <= seer)
 
   def walk(
-    self, tile: jax.Array, positions: jax.Array, residue: jax.Array, offset: Any
+    self, visits: "ShardVisits", positions: jax.Array, residue: jax.Array
   ) -> Walk:
     """The same visits, as vectors of keys.
 
     Args:
-      tile: Which query tile.
+      visits: What a query tile visits.
       positions: Of its queries, [block_q].
       residue: The head's.
-      offset: Position of the first query.
     """
-    visits = self.visits(tile, residue, offset)
     span = lax.iota(jnp.int32, self.problem.tiling.block_kv)
 
     def keys(place: Place) -> jax.Array:

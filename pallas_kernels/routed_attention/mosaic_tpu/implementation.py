@@ -13,7 +13,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels.head_attention import operands as head_operands
-from pallas_kernels.head_attention.contexts import HeadContexts
 from pallas_kernels.head_attention.mosaic_tpu import settings as head_settings
 from pallas_kernels.head_attention.mosaic_tpu import specs
 from pallas_kernels.head_attention.mosaic_tpu.backward_kernel import (
@@ -24,7 +23,7 @@ from pallas_kernels.head_attention.mosaic_tpu.forward_kernel import attend
 from pallas_kernels.head_attention.mosaic_tpu.items import MAX_ROWS, Call
 from pallas_kernels.head_attention.mosaic_tpu.plan import Layout
 from pallas_kernels.head_attention.mosaic_tpu.tile import LOG2_E, NOTHING_SEEN
-from pallas_kernels.head_attention.schedule import StridedHeads, TableHeads
+from pallas_kernels.head_attention.schedule import StridedHeads
 from pallas_kernels.routed_attention.mosaic_tpu.worklist import (
   MOST_ITEMS,
   Blocks,
@@ -63,14 +62,9 @@ def refusal(settings: Settings, operands: Operands) -> str | None:
       f"`k` may have at most {most:,} tokens with tiles of {block_kv}, got "
       f"{operands.k.shape[1]:,}; use a larger `block_kv`."
     )
-  runs = settings.runs(packing.num_heads)
-  if any(isinstance(run, TableHeads) for run in runs):
-    return (
-      "`pattern` has heads whose rule is a table, has sinks or two strides; "
-      "routed queries have strided heads here."
-    )
-  return head_settings.refusal(
-    _head_settings(settings, packing.num_heads), _head_operands(operands)
+  heads = packing.num_heads
+  return settings.refusal_of_tables(heads) or head_settings.refusal(
+    settings.of_heads(heads), _head_operands(operands)
   )
 
 
@@ -278,20 +272,6 @@ def _options(
     soft_cap=None,
     overlap=head_settings.overlap(layout, backward=backward),
     vmem_bytes=head_settings.vmem_limit(layout, _head_operands(operands)),
-    interpret=settings.interpret,
-  )
-
-
-def _head_settings(
-  settings: Settings, num_heads: int
-) -> head_operands.Settings:
-  """What head attention would be asked for."""
-  return head_operands.Settings(
-    pattern=HeadContexts(settings.block, settings.rules(num_heads)),
-    scale=settings.scale,
-    logits_soft_cap=None,
-    q_offset=0,
-    tiling=settings.tiling,
     interpret=settings.interpret,
   )
 

@@ -24,7 +24,11 @@ from pallas_kernels.head_attention.schedule import (
   strided_visits,
 )
 from pallas_kernels.head_attention.tiling import Tiling
-from pallas_kernels.head_attention.triton import launches
+from pallas_kernels.head_attention.triton import (
+  implementation,
+  launches,
+  strided,
+)
 from pallas_kernels.head_attention.triton import lists as work_lists
 from pallas_kernels.head_attention.triton.problem import describe
 from pallas_kernels.head_attention.triton.walks import Shards
@@ -303,19 +307,20 @@ def test_huge_hidden_keys_and_values_leave_no_trace():
 
 @pytest.mark.exhaustive
 def test_long_columns_are_cut_and_sum_to_the_same(monkeypatch):
-  strided = Case(rules=(_shard(0), _shard(0)), T=90)
+  sharded = Case(rules=(_shard(0), _shard(0)), T=90)
   listed = Case(rules=(Strided(local=1, sinks=1),) * 2, T=90)
-  whole = [_results(case, "triton") for case in (strided, listed)]
-  monkeypatch.setattr(triton, "_COLUMN", 2)
-  lists_of = triton.deal_columns
+  whole = [_results(case, "triton") for case in (sharded, listed)]
+  for module in (implementation, strided):
+    monkeypatch.setattr(module, "COLUMN", 2)
+  lists_of = implementation.deal_columns
   dealt = []
 
   def watch(*args, **options):
     dealt.append(lists_of(*args, **options))
     return dealt[-1]
 
-  monkeypatch.setattr(triton, "deal_columns", watch)
-  cut = [_results(case, "triton") for case in (strided, listed)]
+  monkeypatch.setattr(implementation, "deal_columns", watch)
+  cut = [_results(case, "triton") for case in (sharded, listed)]
   assert dealt[0].is_split
   for one, two in zip(whole, cut, strict=True):
     for key in ("dk", "dv"):
@@ -393,9 +398,8 @@ def test_walks_visit_what_the_schedule_lists(
   )
   for tile in range(problem.q_tiles):
     queries = offset + tile * block_q + np.arange(block_q)
-    walk = shards.walk(
-      jnp.int32(tile), jnp.asarray(queries, jnp.int32), rule.residue, offset
-    )
+    visits = shards.visits(jnp.int32(tile), rule.residue, offset)
+    walk = shards.walk(visits, jnp.asarray(queries, jnp.int32), rule.residue)
     seen = np.zeros((block_q, 190), int)
     for visit in range(int(walk.full_count)):
       seen[:, np.asarray(walk.full(jnp.int32(visit)))] += 1
