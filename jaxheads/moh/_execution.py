@@ -21,7 +21,7 @@ from pallas_kernels.routed_projection import project_in, project_out
 from pallas_kernels.shapes import check_shape
 
 Execution = Literal["dense", "dispatch"]
-Implementation = Literal["reference", "xla", "mosaic_tpu"]
+Implementation = Literal["reference", "xla", "mosaic_tpu", "triton"]
 
 # Query length from which dispatch of half the heads is no slower, on a CPU,
 # than computing every head densely: `experiments/bench_moh.py --lengths 256`.
@@ -122,7 +122,7 @@ def moh_attention(
       active pairs only. `None` takes the faster one for the backend and
       length. Both are exact.
     implementation: Kernel of the dispatch: "reference", "xla", "mosaic_tpu"
-      (TPU); `None` takes the best available.
+      (TPU), "triton" (GPU); `None` takes the best available.
 
   Returns:
     Output in x's dtype. A query that sees no key contributes 0.

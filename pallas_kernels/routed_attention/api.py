@@ -66,10 +66,10 @@ def routed_attention(
       the first key sees nothing.
     mask: True where a query may attend.
     q_segment_ids, kv_segment_ids: Queries see keys of their own segment.
-    tiling: Tile sizes; `tiling.block_q` must equal `packing.block_rows`.
-      `None` chooses.
-    implementation: "reference", "xla", "mosaic_tpu" (TPU) or `None` for the
-      best one.
+    tiling: Tile sizes; `tiling.block_q` must equal `packing.block_rows`. On
+      GPUs, the most that a tile may have. `None` chooses.
+    implementation: "reference", "xla", "mosaic_tpu" (TPU), "triton" (GPU) or
+      `None` for the best one.
 
   Returns:
     Rows in q's dtype; softmax and sums are float32. Rows without a visible

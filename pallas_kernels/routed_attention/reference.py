@@ -1,5 +1,6 @@
 """Routed attention by the definition: the oracle of the fast paths."""
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -16,9 +17,9 @@ def attention(settings: Settings, operands: Operands) -> Float[Array, "rows H"]:
   token = jnp.clip(packing.row_position, 0, length - 1)
   row_k = k[batch, :, kv_head].astype(jnp.float32)
   row_v = v[batch, :, kv_head].astype(jnp.float32)
-  logits = settings.scale * jnp.einsum(
-    "rh,rsh->rs", q.astype(jnp.float32), row_k
-  )
+  with jax.default_matmul_precision("highest"):
+    logits = jnp.einsum("rh,rsh->rs", q.astype(jnp.float32), row_k)
+  logits *= settings.scale
   seen = jnp.broadcast_to(packing.row_valid[:, None], logits.shape)
   positions = jnp.arange(length) + q_offset
   if settings.pattern is not None:
@@ -36,4 +37,6 @@ def attention(settings: Settings, operands: Operands) -> Float[Array, "rows H"]:
   weights = jnp.where(seen, jnp.exp(logits - peak), 0.0)
   total = weights.sum(-1, keepdims=True)
   weights /= jnp.where(total > 0, total, 1.0)
-  return jnp.einsum("rs,rsh->rh", weights, row_v).astype(q.dtype)
+  with jax.default_matmul_precision("highest"):
+    out = jnp.einsum("rs,rsh->rh", weights, row_v)
+  return out.astype(q.dtype)

@@ -1,4 +1,4 @@
-"""Head attention compiles for every chip it is promised for, in linear memory.
+"""Attention compiles for every chip it is promised for, in linear memory.
 
 With the chips' real compilers, on a machine that has none of the chips. The
 shapes are a covering set: every chip meets every head size, group, length,
@@ -211,11 +211,20 @@ ROUTED = (
   ("v5p", Case(96, 1, 2 * K, "bfloat16", "window"), True),
   ("v6e", Case(128, 1, 2 * K, "bfloat16", "dense"), True),
   ("tpu7x", Case(256, 4, 2 * K, "bfloat16", "s2"), True),
+  ("sm_80", Case(64, 1, 2 * K, "bfloat16", "dense"), True),
+  ("sm_90", Case(128, 4, 2 * K, "bfloat16", "s2"), True),
+  ("sm_100", Case(96, 1, 2 * K, "bfloat16", "window"), True),
   ("v4", Case(128, 4, 32 * K, "bfloat16", "dense"), False),
   ("v5e", Case(64, 1, 128 * K, "bfloat16", "dense"), False),
   ("v5p", Case(256, 4, 32 * K, "bfloat16", "s2"), False),
   ("v6e", Case(128, 8, 128 * K, "bfloat16", "s2"), False),
   ("tpu7x", Case(128, 1, 128 * K, "bfloat16", "dense"), False),
+  ("sm_80", Case(64, 8, 32 * K, "float32", "s2"), False),
+  ("sm_90", Case(256, 4, 32 * K, "bfloat16", "s2"), False),
+  ("sm_100", Case(128, 4, 32 * K, "bfloat16", "dense"), False),
+  ("sm_80", Case(128, 8, 128 * K, "bfloat16", "s2"), False),
+  ("sm_90", Case(128, 8, 128 * K, "bfloat16", "s2", block=16), False),
+  ("sm_100", Case(64, 1, 128 * K, "bfloat16", "dense"), False),
 )
 
 
@@ -227,6 +236,7 @@ def routed_grid():
 
 @pytest.mark.parametrize(("chip", "case"), list(routed_grid()))
 def test_routed_attention_compiles(chip, case):
+  implementation = "triton" if chip.startswith("sm_") else "mosaic_tpu"
   q, k, v, d_out = case.arguments()
   active = jax.ShapeDtypeStruct(q.shape[:3], bool)
 
@@ -244,7 +254,7 @@ def test_routed_attention_compiles(chip, case):
         packing,
         pattern=case.pattern(),
         tiling=tiling,
-        implementation="mosaic_tpu",
+        implementation=implementation,
       )
 
     rows = gather_rows(q, packing)
@@ -252,15 +262,28 @@ def test_routed_attention_compiles(chip, case):
     return out, pullback(gather_rows(d_out, packing))
 
   report = compile_for(chip, program, q, k, v, d_out, active)
-  # Rows of the gathered operands, sums in float32 and padding: no more than
-  # all heads would take.
-  blocks = -(-case.length // 512)
-  allowed = 3 * case.operand_bytes + 64 * case.heads * blocks**2 + 32 * MIB
+  kernels = [name.partition(" ")[0] for name in report.kernels]
+  if implementation == "triton":
+    # Rows of the gathered operands, far sums in float32 and small tables.
+    allowed = case.operand_bytes + 4 * MIB
+    assert kernels == [
+      "routed_attention_forward",
+      "routed_attention_dq",
+      *["routed_attention_far_dkv"] * (case.mask == "s2"),
+      "routed_attention_near_dkv",
+    ]
+    # No head has room for a matrix of its tokens.
+    assert case.length < 32 * K or allowed < case.length**2 * 2
+  else:
+    # Rows of the gathered operands, sums in float32 and padding: no more than
+    # all heads would take.
+    blocks = -(-case.length // 512)
+    allowed = 3 * case.operand_bytes + 64 * case.heads * blocks**2 + 32 * MIB
+    assert kernels == [
+      "head_attention_forward",
+      *["head_attention_backward"] * (2 if case.mask == "s2" else 1),
+    ]
   assert report.temp_bytes + report.code_bytes <= allowed
-  assert [name.partition(" ")[0] for name in report.kernels] == [
-    "head_attention_forward",
-    *["head_attention_backward"] * (2 if case.mask == "s2" else 1),
-  ]
 
 
 # Of a step of decoding: sequences x KV heads, query heads a KV head, head size,

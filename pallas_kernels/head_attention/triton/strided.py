@@ -92,7 +92,7 @@ def strided_keys(
   far: tuple[Array, ...] = ()
   pieces = 1
   if run.stride:
-    pairs = _pairs(run, problem.groups)
+    pairs = pairs_of(run, problem.groups)
     blocks = -(-problem.S // problem.block)
     tokens = min(-(-blocks // run.stride) * problem.block, problem.S)
     pieces = _pieces(problem, run.stride, len(pairs), source.longest)
@@ -161,7 +161,7 @@ def ints(values: Any) -> Array:
   return jnp.asarray(np.asarray(values, np.int32))
 
 
-def _pairs(run: StridedHeads, groups: int) -> list[Pair]:
+def pairs_of(run: StridedHeads, groups: int) -> list[Pair]:
   """By KV head: heads of a group that have different residues interleave."""
   heads_of: dict[tuple[int, int], list[int]] = {}
   for head, residue in enumerate(run.residues, run.start):

@@ -76,9 +76,16 @@ def test_one_head_takes_every_token_and_another_none():
 
 
 @pytest.mark.parametrize(
-  ("implementation", "interpret"), [("xla", False), ("mosaic_tpu", True)]
+  ("implementation", "interpret", "tiling"),
+  [
+    ("xla", False, TILINGS[1]),
+    ("mosaic_tpu", True, TILINGS[1]),
+    pytest.param("triton", True, TILINGS[2], marks=pytest.mark.exhaustive),
+  ],
 )
-def test_bfloat16_errs_no_more_than_dense_attention(implementation, interpret):
+def test_bfloat16_errs_no_more_than_dense_attention(
+  implementation, interpret, tiling
+):
   heads = HEADS["strided"]
   arrays = draw(0, T=40, S=40, H=32, dtype=jnp.bfloat16)
   arrays["q"] *= 2
@@ -89,7 +96,7 @@ def test_bfloat16_errs_no_more_than_dense_attention(implementation, interpret):
     active,
     {},
     pattern=heads.pattern,
-    tiling=TILINGS[1],
+    tiling=tiling,
     implementation=implementation,
     interpret=interpret,
   )

@@ -196,9 +196,9 @@ def test_unknown_implementations_and_tilings_are_refused_by_name():
   packing = pack(jnp.ones((B, T, N), bool), num_active=N, block_rows=4)
   arrays = draw(0, 2)
   q = jnp.zeros((packing.num_rows, H))
-  with pytest.raises(ValueError, match="`implementation`.*'triton'"):
+  with pytest.raises(ValueError, match="`implementation`.*'cuda'"):
     routed_attention(
-      q, arrays["k"], arrays["v"], packing, implementation="triton"
+      q, arrays["k"], arrays["v"], packing, implementation="cuda"
     )
   with pytest.raises(ValueError, match="`tiling.block_q`"):
     routed_attention(
