@@ -44,6 +44,10 @@ from tests.routed_cases import (
 STRIDED = {
   "strided": (HEADS["strided"], 4),
   "strided, shared by the group": (HEADS["strided, shared by the group"], 2),
+  "strided, a residue a KV head": (
+    s2_cases.strided(4, block=4, num_kv_heads=2),
+    2,
+  ),
   "strided, a group of 4": (s2_cases.strided(4, block=4, stride=3), 1),
   "strided, a group of 8": (s2_cases.strided(8, block=4, num_kv_heads=2), 1),
   "strided and dense": (HEADS["strided and dense"], 2),
@@ -151,14 +155,14 @@ def test_long_columns_are_cut_and_sum_to_the_same(monkeypatch):
   tiling = Tiling(block_q=32, block_kv=16, block_edge=8)
   monkeypatch.setitem(TILINGS, 32, tiling)
   pieces = []
-  lanes = strided.far_kernel
+  original = strided.far_kernel
 
   def far_kernel(*args, **options):
     pieces.append(options["pieces"])
-    return lanes(*args, **options)
+    return original(*args, **options)
 
   monkeypatch.setattr(strided, "far_kernel", far_kernel)
-  check(*run("strided, shared by the group", active=ragged, rows=32))
+  check(*run("strided, a residue a KV head", active=ragged, rows=32))
   assert pieces == [2]
 
 
