@@ -22,7 +22,7 @@ from pallas_kernels.shapes import check_shape
 
 # From best to the one that covers everything.
 _ORDER = ("mosaic_tpu", "triton", "xla")
-_NAMED = (*_ORDER, "reference")
+_NAMED = (*_ORDER, "mosaic_gpu", "reference")
 _OPERATION = "routed_attention"
 
 
@@ -68,8 +68,9 @@ def routed_attention(
     q_segment_ids, kv_segment_ids: Queries see keys of their own segment.
     tiling: Tile sizes; `tiling.block_q` must equal `packing.block_rows`. On
       GPUs, the most that a tile may have. `None` chooses.
-    implementation: "reference", "xla", "mosaic_tpu" (TPU), "triton" (GPU) or
-      `None` for the best one.
+    implementation: "reference", "xla", "mosaic_tpu" (TPU), "triton" (GPU),
+      "mosaic_gpu" (Hopper and Blackwell; unmeasured, its numbers not yet shown
+      on a GPU, so by name only) or `None` for the best one.
 
   Returns:
     Rows in q's dtype; softmax and sums are float32. Rows without a visible

@@ -81,10 +81,12 @@ def shared_bytes(tiling: Tiling, H: int) -> int:
 def tiling_refusal(chip: Chip, tiling: Tiling, H: int) -> str | None:
   """Why these tiles do not work, with those that do; None if they do."""
   best = chip.tilings[H]
-  if tiling.block_q != best.block_q or tiling.block_kv % 64:
+  # One warp group, or as many as share a tile of keys best.
+  queries = sorted({chip.rows, best.block_q})
+  if tiling.block_q not in queries or tiling.block_kv % 64:
     return (
-      f"`tiling` must be {best.block_q} queries by a multiple of 64 keys, got "
-      f"{tiling.block_q} x {tiling.block_kv}."
+      f"`tiling` must be {' or '.join(map(str, queries))} queries by a "
+      f"multiple of 64 keys, got {tiling.block_q} x {tiling.block_kv}."
     )
   needed = {"bytes of shared memory": (shared_bytes(tiling, H), SHARED_BYTES)}
   if chip.has_tensor_memory:

@@ -12,13 +12,16 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from pallas_kernels.head_attention import triton
 from pallas_kernels.head_attention.mosaic_gpu import chips
 from pallas_kernels.head_attention.mosaic_gpu.chips import Chip
-from pallas_kernels.head_attention.mosaic_gpu.kernel import Scratch, kernel
-from pallas_kernels.head_attention.mosaic_gpu.products import SWIZZLE_ROWS
+from pallas_kernels.head_attention.mosaic_gpu.kernel import call, kernel
+from pallas_kernels.head_attention.mosaic_gpu.products import (
+  SEGMENT_IDS,
+  SWIZZLE_ROWS,
+)
 from pallas_kernels.head_attention.operands import Operands, Settings
 from pallas_kernels.head_attention.schedule import StridedHeads, split_heads
 from pallas_kernels.head_attention.triton import launches
@@ -28,6 +31,15 @@ from pallas_kernels.head_attention.triton.walks import Shards
 
 def refusal(settings: Settings, operands: Operands) -> str | None:
   """Why these inputs are not covered, with the way out; None if they are."""
+  return forward_refusal(settings, operands) or triton.refusal(
+    # The backward pass is theirs, with their own tiles.
+    _for_triton(settings),
+    operands,
+  )
+
+
+def forward_refusal(settings: Settings, operands: Operands) -> str | None:
+  """As `refusal`, but of the forward kernel only."""
   q, v = operands.q, operands.v
   H, Hv = q.shape[3], v.shape[3]
   block = settings.pattern.block_size
@@ -53,14 +65,13 @@ def refusal(settings: Settings, operands: Operands) -> str | None:
       f"heads must have 64, 128 or 256 entries in `q` and `v`, got {H} and "
       f"{Hv}."
     )
-  if operands.q_segment_ids is not None:
-    return "`q_segment_ids` and `kv_segment_ids` must be None."
   if settings.q_offset is None:
     return "`q_offset` must be a Python int."
-  if block < SWIZZLE_ROWS:
+  least = SWIZZLE_ROWS if operands.q_segment_ids is None else SEGMENT_IDS
+  if block < least:
     return (
-      f"`pattern` must have blocks of at least {SWIZZLE_ROWS} tokens, got "
-      f"{block}."
+      f"`pattern` must have blocks of at least {SWIZZLE_ROWS} tokens, with "
+      f"segment ids of {SEGMENT_IDS}, got {block}."
     )
   tiling = chip.tiling(settings.tiling, H)
   T, S = q.shape[1], v.shape[1]
@@ -70,11 +81,7 @@ def refusal(settings: Settings, operands: Operands) -> str | None:
       f"there must be at least {chip.rows} queries and {least} keys, got {T} "
       f"and {S}."
     )
-  return chips.tiling_refusal(chip, tiling, H) or triton.refusal(
-    # The backward pass is theirs, with their own tiles.
-    _for_triton(settings),
-    operands,
-  )
+  return chips.tiling_refusal(chip, tiling, H)
 
 
 def forward(
@@ -131,11 +138,14 @@ def _forward_run(
   settings: Settings,
   operands: Operands,
 ) -> tuple[Array, Array]:
+  assert problem.q_offset is not None
   heads = run.stop - run.start
-  q, k, v = map(_in_eights, operands[:3])
+  q, k, v = map(in_eights, operands[:3])
   # TMA stores whole rows of 16 bytes: lengths off the tile get room.
   rows = problem.q_tiles * problem.tiling.block_q
-  out, lse = plgpu.kernel(
+  out, lse = call(
+    chip,
+    problem,
     functools.partial(
       kernel,
       chip,
@@ -143,25 +153,35 @@ def _forward_run(
       Shards.of(problem, run.local, run.stride),
       start=run.start,
     ),
+    grid={"heads": heads, "tiles": problem.q_tiles, "batch": problem.B},
+    inputs=(
+      q,
+      k,
+      v,
+      jnp.arange(rows, dtype=jnp.int32) + problem.q_offset,
+      segment_ids(operands.q_segment_ids),
+      segment_ids(operands.kv_segment_ids),
+      jnp.asarray(run.residues, jnp.int32),
+    ),
     out_type=(
       jax.ShapeDtypeStruct(
         (problem.B, q.shape[1], heads, problem.Hv), problem.dtype
       ),
       jax.ShapeDtypeStruct((problem.B, heads, rows), jnp.float32),
     ),
-    scratch_types=(Scratch.types(chip, problem),),
-    grid=(heads, problem.q_tiles, problem.B),
-    grid_names=("heads", "tiles", "batch"),
-    num_threads=chip.groups(problem.tiling) + 1,
-    thread_name="group",
-    kernel_name="head_attention_forward",
-    compiler_params=plgpu.CompilerParams(approx_math=True),
-    interpret=settings.interpret or None,
-  )(q, k, v, jnp.asarray(run.residues, jnp.int32))
+    interpret=settings.interpret,
+    name="head_attention_forward",
+  )
   return out[:, : problem.T], lse[..., : problem.T]
 
 
-def _in_eights(x: Array) -> Array:
-  """Rows padded to a multiple of the swizzle's; most lengths are one."""
+def segment_ids(ids: Int[Array, "B S"] | None) -> Int[Array, "B S"] | None:
+  """As the kernel takes them: TMA wants rows of multiples of 16 bytes."""
+  return None if ids is None else in_eights(ids.astype(jnp.int32))
+
+
+def in_eights(x: Array) -> Array:
+  """Tokens padded to a multiple of the swizzle's rows; most lengths are one."""
   missing = -x.shape[1] % SWIZZLE_ROWS
-  return jnp.pad(x, ((0, 0), (0, missing), (0, 0), (0, 0))) if missing else x
+  widths = [(0, 0), (0, missing), *[(0, 0)] * (x.ndim - 2)]
+  return jnp.pad(x, widths) if missing else x

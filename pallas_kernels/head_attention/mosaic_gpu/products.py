@@ -8,6 +8,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 # The 128-byte swizzle wants rows of 64 entries, in groups of 8.
 SWIZZLE_COLUMNS = 64
 SWIZZLE_ROWS = 8
+# Neighbouring tokens whose ids are 128 bytes: where TMA may write.
+SEGMENT_IDS = 32
 
 
 class Products(Protocol):

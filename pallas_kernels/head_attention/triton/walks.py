@@ -155,15 +155,39 @@ class Shards:
     S, bkv = self.problem.S, self.problem.tiling.block_kv
     start = self.near_start(first)
     past = jnp.minimum(start, S)
-    far_full = far_edge = jnp.int32(0)
+    far_full = far = jnp.int32(0)
     if self.stride:
       shard = self.length(past, residue)
-      far_full = divide(shard, bkv)
-      far_edge = divide_up(shard, bkv) - far_full
+      far_full, far = divide(shard, bkv), divide_up(shard, bkv)
     near = divide(start, bkv)
     end = jnp.maximum(near, divide(jnp.minimum(last, S - 1), bkv) + 1)
     low = clip(divide_up(self.window(last), bkv), near, end)
     high = clip(divide(jnp.minimum(first + 1, S), bkv), low, end)
+    return self.places(residue, far_full, far, near, low, high, end)
+
+  def places(
+    self,
+    residue: jax.Array,
+    far_full: jax.Array,
+    far: jax.Array,
+    near: jax.Array,
+    low: jax.Array,
+    high: jax.Array,
+    end: jax.Array,
+  ) -> "ShardVisits":
+    """A query tile's visits, from where they begin and end.
+
+    Args:
+      residue: The head's.
+      far_full: Leading tiles of the shard that every query sees whole.
+      far: Tiles of the shard.
+      near: First contiguous tile, and where the shard ends.
+      low, high: Contiguous tiles that every query sees whole.
+      end: Contiguous tile after the last one.
+    """
+    S, bkv = self.problem.S, self.problem.tiling.block_kv
+    past = jnp.minimum(near * bkv, S)
+    far_edge = far - far_full
 
     def place(is_far: jax.Array, far: jax.Array, near: jax.Array) -> Place:
       # A contiguous tile is a shard of stride 1: one body for both.
@@ -181,7 +205,7 @@ class Shards:
       index = visit - far_edge + near
       # Jump over the full ones in the middle.
       index = jnp.where(index >= low, index + (high - low), index)
-      return place(visit < far_edge, far_full, index)
+      return place(visit < far_edge, far_full + visit, index)
 
     return ShardVisits(
       far_full + (high - low),

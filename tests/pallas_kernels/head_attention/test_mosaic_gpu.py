@@ -17,17 +17,13 @@ from pallas_kernels.head_attention import mosaic_gpu
 from pallas_kernels.head_attention.api import head_attention
 from pallas_kernels.head_attention.contexts import HeadContexts, Strided
 from pallas_kernels.head_attention.mosaic_gpu import chips
-from pallas_kernels.head_attention.mosaic_gpu.hopper import HopperProducts
 from pallas_kernels.head_attention.operands import Operands, Settings
 from pallas_kernels.head_attention.tiling import Tiling
 from pallas_kernels.head_attention.triton import launches
 from pallas_kernels.head_attention.triton.problem import describe
 from pallas_kernels.head_attention.triton.walks import Shards
+from tests.interpreted_gpus import CHIPS, needs_interpreter
 
-needs_interpreter = pytest.mark.skipif(
-  not hasattr(plgpu, "InterpretGPUParams"),
-  reason="JAX interprets tensor memory and layouts from 0.12 on",
-)
 RULE = Strided(local=2, stride=3, residue=1)
 
 
@@ -70,15 +66,19 @@ def test_covers_strided_heads(monkeypatch, capability, H, block):
     (_settings(), _operands(dtype="float32"), "float32"),
     (_settings(), _operands(H=96), "64, 128 or 256.*96"),
     (_settings(), _operands(H=64, Hv=128), "64 and 128"),
-    (_settings(), _operands(segments=1), "`q_segment_ids`"),
     (_settings(q_offset=None), _operands(), "`q_offset`"),
-    (_settings(block=4), _operands(), "at least 8 tokens, got 4"),
+    (_settings(block=4), _operands(), "at least 8 tokens.*got 4"),
+    (
+      _settings(block=16),
+      _operands(segments=1),
+      "segment ids of 32, got 16",
+    ),
     (_settings(), _operands(T=40), "64 queries.*got 40"),
     (_settings(interpret=True), _operands(), "interpreted"),
     (
-      _settings(tiling=Tiling(block_q=64, block_kv=64)),
+      _settings(tiling=Tiling(block_q=32, block_kv=64)),
       _operands(),
-      "128 queries.*got 64 x 64",
+      "64 or 128 queries.*got 32 x 64",
     ),
     (
       _settings(tiling=Tiling(block_q=128, block_kv=256)),
@@ -99,9 +99,9 @@ def test_says_why_it_refuses(settings, operands, message):
   [
     (_settings(), _operands(T=100), "128 queries.*got 100"),
     (
-      _settings(tiling=Tiling(block_q=128, block_kv=64)),
+      _settings(tiling=Tiling(block_q=64, block_kv=64)),
       _operands(),
-      "256 queries.*got 128 x 64",
+      "128 or 256 queries.*got 64 x 64",
     ),
     (
       _settings(tiling=Tiling(block_q=256, block_kv=128)),
@@ -129,26 +129,6 @@ def test_refuses_other_chips(monkeypatch, capability):
   assert capability in reason
 
 
-@dataclasses.dataclass(frozen=True)
-class HalfInterpreted(HopperProducts):
-  """The interpreter's wgmma wants both operands in shared memory.
-
-  Weights times values is an ordinary product here; the rest of the kernel is
-  Hopper's own.
-  """
-
-  def add(self, acc, weights, v_ref, free_ref):
-    acc += jnp.dot(weights, v_ref[...], preferred_element_type=jnp.float32)
-    # Read by the threads, not by tensor cores: copies must wait for that.
-    plgpu.commit_smem()
-    plgpu.barrier_arrive(free_ref)
-    return acc
-
-
-CHIPS = {
-  "9.0": dataclasses.replace(chips.HOPPER, products=HalfInterpreted),
-  "10.0": chips.BLACKWELL,
-}
 CASES = {
   "strided": dict(groups=2),
   "heads of 128": dict(H=128, groups=2),
@@ -159,11 +139,13 @@ CASES = {
   "dense": dict(rule=Strided(local=1, stride=1), H=128),
   "window": dict(rule=Strided(local=2), T=520, S=520),
   "two runs": dict(groups=2, more=(Strided(local=1, stride=2),)),
+  "one warp group": dict(one_group=True),
+  "segments": dict(has_segments=True, T=200, S=300),
 }
 
 
 # The others on request: each takes three to nine seconds.
-ALWAYS = ("strided", "heads of 256", "blocks of 16", "soft cap")
+ALWAYS = ("strided", "heads of 256", "blocks of 16", "soft cap", "segments")
 
 
 @needs_interpreter
@@ -221,6 +203,8 @@ def _compare(
   block=64,
   dtype="bfloat16",
   more=(),
+  one_group=False,
+  has_segments=False,
   **options,
 ):
   residues = [head % max(1, rule.stride) for head in range(1, groups + 1)]
@@ -232,6 +216,14 @@ def _compare(
     jax.random.normal(key, (1, S, 1, H), jnp.dtype(dtype)) for key in keys[1:]
   )
   options |= dict(pattern=HeadContexts(block, tuple(rules)))
+  if one_group:
+    options |= dict(tiling=Tiling(block_q=chips.find().rows, block_kv=64))
+  if has_segments:
+    # Two packed sequences, the cut inside a tile.
+    options |= dict(
+      q_segment_ids=(jnp.arange(T) + S - T >= 140)[None].astype(jnp.int32),
+      kv_segment_ids=(jnp.arange(S) >= 140)[None].astype(jnp.int32),
+    )
   attend = lambda name: head_attention(
     q, k, v, return_lse=True, implementation=name, **options
   )
