@@ -3,6 +3,7 @@
 - `jaxheads.moh`: mixture-of-head attention, as pure functions
 - `jaxheads.nn`: the same as Flax NNX modules
 - `jaxheads.models`: a decoder language model with one head plan per layer
+- `jaxheads.checks`: checks of values, for programs under `jax.jit`
 - `jaxheads.flops`: what a model costs by the token
 - `jaxheads.data`, `jaxheads.training`: what the experiment scripts are made of
 """

@@ -3,6 +3,11 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.value_checks import check_values
+
+# Angles are made of float32 positions, which are exact up to here.
+FARTHEST_POSITION = 2**24
+
 
 def apply_rope(
   x: Float[Array, "*batch N H"],
@@ -22,7 +27,8 @@ def apply_rope(
     theta: Base of the geometric series of wavelengths.
 
   Raises:
-    ValueError: The head size is odd, or the shapes do not fit.
+    ValueError: The head size is odd, the shapes do not fit, or a position is
+      out of range (outside of jit; under it see `jaxheads.checks`).
 
   Source:
     RoFormer, https://arxiv.org/abs/2104.09864, Eq. 34.
@@ -37,8 +43,26 @@ def apply_rope(
       f"`positions` must have shape {list(x.shape[:-2])} to fit `x`, "
       f"got {list(positions.shape)}."
     )
+  check_positions("positions", positions)
   cos, sin = rope_angles(positions, x.shape[-1], theta=theta)
   return rotate(x, cos[..., None, :], sin[..., None, :])
+
+
+def check_positions(name: str, positions: Int[Array, "*batch"]) -> None:
+  """Refuses positions that are too far for RoPE.
+
+  Any order is allowed, and negative ones, which padding on the left may have.
+
+  Raises:
+    ValueError: One is out of range; see `check_values`.
+  """
+  most = FARTHEST_POSITION
+  check_values(
+    name,
+    (positions,),
+    lambda positions: ((-most <= positions) & (positions <= most), positions),
+    f"be in [{-most}, {most}]",
+  )
 
 
 def rope_angles(

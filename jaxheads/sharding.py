@@ -7,6 +7,8 @@ import jax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
+from pallas_kernels.value_checks import checks_under_jit
+
 _Batched = TypeVar("_Batched")
 _Shared = TypeVar("_Shared")
 
@@ -28,11 +30,12 @@ def per_device(
     batched: Pytree of arrays with a leading axis of `batch_size` or 1.
     shared: Pytree of arrays that every device needs whole.
     batch_size: Sequences on all devices together; if the devices do not
-      divide it, all of them do all the work.
+      divide it, or values are checked, all of them do all the work.
   """
   mesh = jax.sharding.get_abstract_mesh()
   shards = dict(mesh.shape).get("data", 1)
-  if shards == 1 or batch_size % shards:
+  # JAX's checkify does not run through a shard_map that a mesh context has.
+  if shards == 1 or batch_size % shards or checks_under_jit():
     return run(batched, shared)
 
   def spec(leaf: Array) -> PartitionSpec:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from pallas_kernels import platform
+from pallas_kernels.notices import tell_once
 
 # Where an implementation runs; those not named here run everywhere.
 _NEEDS = {"mosaic_tpu": "tpu", "triton": "gpu", "mosaic_gpu": "gpu"}
@@ -42,13 +43,17 @@ def check_name(name: str, known: Sequence[str]) -> None:
 
 
 def first_that_fits(
+  operation: str,
   order: Sequence[str],
   name: str | None,
   refusal: Callable[[str], str | None],
 ) -> str:
   """Name of the implementation to run.
 
+  What is chosen for want of a name is logged with the reasons.
+
   Args:
+    operation: What it implements.
     order: Implementations from best to the one that covers everything.
     name: What the caller asked for; `None` for the first of `order` that
       runs on this platform and does not refuse.
@@ -68,9 +73,17 @@ def first_that_fits(
         "`implementation=None` takes one that does."
       )
     return name
+  refused: list[str] = []
   for candidate in order:
-    if not _wrong_platform(candidate) and not refusal(candidate):
+    reason = _wrong_platform(candidate) or refusal(candidate)
+    if not reason:
+      because = " ".join(refused) or "it is the best one."
+      tell_once(
+        f"{operation} on {platform.current()}: implementation {candidate!r}, "
+        f"because {because} `implementation=` takes another one."
+      )
       return candidate
+    refused.append(f"{candidate!r} does not cover this: {reason}")
   raise AssertionError(f"{order[-1]} must not refuse")
 
 
@@ -110,7 +123,8 @@ def choose(
     reason: str | None = load(operation, candidate).refusal(settings, operands)
     return reason
 
-  return first_that_fits(order if name is None else named, name, refusal)
+  order = order if name is None else named
+  return first_that_fits(operation, order, name, refusal)
 
 
 def _wrong_platform(name: str) -> str | None:

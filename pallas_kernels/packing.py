@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, Shaped
 
+from pallas_kernels.value_checks import check_values, wanted
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -79,12 +81,17 @@ def pack(
 
   Args:
     mask: True where (token, head) is active.
-    num_active: Most active heads of any token (static); trusted under jit.
+    num_active: Most active heads of any token (static); trusted under jit,
+      where pairs beyond the room for that many may have no row.
     block_rows: Rows in a block.
 
   Raises:
-    ValueError: `num_active` or `block_rows` is out of range.
+    TypeError: `mask` is not bool.
+    ValueError: `num_active` or `block_rows` is out of range, or a token has
+      more active heads.
   """
+  if mask.dtype != jnp.bool_:
+    raise TypeError(f"`mask` must be bool, got {mask.dtype}.")
   batch, length, heads = mask.shape
   if not 0 <= num_active <= heads:
     raise ValueError(
@@ -93,19 +100,28 @@ def pack(
     )
   if block_rows < 1:
     raise ValueError(f"`block_rows` must be at least 1, got {block_rows}.")
+  check_active("mask", mask, num_active)
   segments = heads * batch
   blocks = min(
     batch * length * num_active // block_rows + segments,
     segments * -(-length // block_rows),
   )
-  rows = blocks * block_rows
+  return _place(mask, blocks=blocks, block_rows=block_rows)
 
+
+def _place(
+  mask: Bool[Array, "B T N"], *, blocks: int, block_rows: int
+) -> Packing:
+  """Packs into so many blocks; pairs that they do not hold have no row."""
+  batch, length, heads = mask.shape
+  segments, rows = heads * batch, blocks * block_rows
   counts = mask.sum(axis=1, dtype=jnp.int32).T.reshape(-1)  # [N * B]
   segment_blocks = -(-counts // block_rows)
   block_ends = jnp.cumsum(segment_blocks)
   starts = (block_ends * block_rows - counts).reshape(heads, batch)
   rank = jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1
   row_of = jnp.where(mask, starts.T[:, None, :] + rank, rows)
+  row_of = jnp.minimum(row_of, rows)
 
   # Segment of each block: how many segments end at or before it.
   segment = jnp.searchsorted(block_ends, jnp.arange(blocks), side="right")
@@ -121,9 +137,57 @@ def pack(
     row_of=row_of,
     block_head=segment // batch,
     block_batch=segment % batch,
-    num_blocks=block_ends[-1],
+    num_blocks=jnp.minimum(block_ends[-1], blocks),
     block_rows=block_rows,
   )
+
+
+def check_active(
+  name: str, mask: Bool[Array, "B T N"], num_active: int
+) -> None:
+  """Refuses tokens with more active heads than there is room for.
+
+  Args:
+    name: The argument, for the message.
+    mask: True where (token, head) is active.
+    num_active: Most active heads of any token.
+  Raises:
+    ValueError: A token has more; see `check_values`.
+  """
+
+  def allowed(mask: Any) -> tuple[Any, Any]:
+    counts = mask.sum(axis=2)
+    return counts <= num_active, counts
+
+  check_values(
+    name,
+    (mask,),
+    allowed,
+    f"have at most `num_active` = {num_active} active heads for each token",
+  )
+
+
+def check_packing(packing: Packing) -> None:
+  """Refuses packings that are not as `pack` makes them.
+
+  Raises:
+    ValueError: A field is not what the pairs that have a row make it; see
+      `check_values`.
+  """
+  if not wanted(*jax.tree.leaves(packing)):
+    return
+  expected = _place(
+    packing.row_of < packing.num_rows,
+    blocks=packing.block_head.shape[0],
+    block_rows=packing.block_rows,
+  )
+  for name in "row_of row_token block_head block_batch num_blocks".split():
+    check_values(
+      f"packing.{name}",
+      (getattr(packing, name), getattr(expected, name)),
+      lambda got, made: (got == made, got),
+      "be what `pack` makes of the pairs that have a row in it",
+    )
 
 
 @jax.custom_vjp

@@ -17,6 +17,7 @@ RANK = {"pallas_kernels": 1, "jaxheads": 2, "experiments": 3, "tests": 4}
 PUBLIC = [
   "jaxheads",
   "jaxheads.attention",
+  "jaxheads.checks",
   "jaxheads.data",
   "jaxheads.errors",
   "jaxheads.flops",

@@ -3,10 +3,11 @@
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 from jaxheads import flops
 from jaxheads.moh import MoHConfig, router_size
+from jaxheads.moh._execution import Execution, Implementation
 from jaxheads.s2 import Pattern
 
 _SIZES = (
@@ -20,10 +21,6 @@ _SIZES = (
   "max_seq_len",
 )
 _DTYPES = ("float32", "bfloat16", "float16")
-Execution = Literal["dense", "dispatch"]
-Implementation = Literal[
-  "reference", "xla", "mosaic_tpu", "triton", "mosaic_gpu"
-]
 
 
 class Run(NamedTuple):
@@ -62,10 +59,9 @@ class ModelConfig:
   dtype: str = "float32"  # Of activations and matrix products.
   param_dtype: str = "float32"  # Of the stored parameters.
   remat: bool = False  # Recompute each layer in the backward pass.
-  # Of layers that see everything, as in `moh.moh_attention`.
+  # As in `moh.moh_attention`; not of layers that have a context and no plan.
   execution: Execution | None = None
-  # As in `moh.moh_attention` and, where there is a context, in `attention`;
-  # the names that only the latter knows leave the other layers to choose.
+  # As in `moh.moh_attention` and, where there is a context, in `attention`.
   implementation: Implementation | None = None
   # One per layer, which keys each head sees; None: all earlier ones. Empty:
   # None for every layer.

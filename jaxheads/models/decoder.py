@@ -7,7 +7,7 @@ to compile depends on the number of different ones and not on the depth.
 """
 
 import functools
-from typing import Any, get_args
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,6 @@ from jaxheads.moh import (
   route,
   route_by_query_norm,
 )
-from jaxheads.moh._execution import Implementation as RoutedImplementation
 from jaxheads.nn import HeadAttention
 from jaxheads.s2 import Pattern
 
@@ -91,9 +90,6 @@ class DecoderBlock(nnx.Module):
     *,
     rngs: nnx.Rngs,
   ) -> None:
-    implementation: str | None = config.implementation
-    if context is None and implementation not in get_args(RoutedImplementation):
-      implementation = None
     self.attention_norm = RMSNorm(config)
     self.attention = HeadAttention(
       config.num_heads,
@@ -110,7 +106,7 @@ class DecoderBlock(nnx.Module):
       use_bias=False,
       decode=False,
       execution=None if plan is None and context else config.execution,
-      implementation=implementation,
+      implementation=config.implementation,
       rngs=rngs,
     )
     self.mlp_norm = RMSNorm(config)

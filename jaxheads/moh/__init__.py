@@ -1,6 +1,8 @@
 """Mixture-of-head attention: which queries does each head answer?"""
 
 from jaxheads.moh._config import MoHConfig as MoHConfig
+from jaxheads.moh._execution import ExecutionChoice as ExecutionChoice
+from jaxheads.moh._execution import explain_execution as explain_execution
 from jaxheads.moh._execution import moh_attention as moh_attention
 from jaxheads.moh._losses import load_balance_loss as load_balance_loss
 from jaxheads.moh._routing import RouterParams as RouterParams

@@ -177,6 +177,11 @@ class MoHConfig:
     return self.top_k > 0
 
   @property
+  def learns_from_all_heads(self) -> bool:
+    """Whether heads that are off get gradients: all must be computed."""
+    return self.router == "query_norm" and self.straight_through == "dense"
+
+  @property
   def _selection_has_no_task_gradient(self) -> bool:
     return (
       self.routes

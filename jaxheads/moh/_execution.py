@@ -2,32 +2,44 @@
 
 import functools
 from collections.abc import Callable
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxheads.moh._dense import attention_mask, dense_attention
-from jaxheads.moh._routing import Routing
-from jaxheads.rope import apply_rope, rope_angles, rotate
+from jaxheads.moh._routing import Routing, check_routing
+from jaxheads.rope import apply_rope, check_positions, rope_angles, rotate
 from jaxheads.sharding import per_device
+from pallas_kernels import platform
 from pallas_kernels.head_attention import HeadContexts
 from pallas_kernels.head_attention.reference import visible
+from pallas_kernels.notices import tell_once
 from pallas_kernels.packing import Packing, gather_rows, pack
 from pallas_kernels.routed_attention import routed_attention
+from pallas_kernels.routed_attention.operands import check_context
 from pallas_kernels.routed_attention.tiling import default_tiling
 from pallas_kernels.routed_projection import project_in, project_out
 from pallas_kernels.shapes import check_shape
 
 Execution = Literal["dense", "dispatch"]
-Implementation = Literal["reference", "xla", "mosaic_tpu", "triton"]
+Implementation = Literal[
+  "reference", "xla", "mosaic_tpu", "triton", "mosaic_gpu"
+]
 
 # Query length from which dispatch of half the heads is no slower, on a CPU,
 # than computing every head densely: `experiments/bench_moh.py --lengths 256`.
 CPU_DISPATCH_LENGTH = 256
 # The same where heads have contexts: `experiments/bench_moh.py --stride 16`.
 CPU_SHARDED_DISPATCH_LENGTH = 2048
+
+
+class ExecutionChoice(NamedTuple):
+  """How routed attention is computed, and why."""
+
+  execution: Execution
+  why: str
 
 
 class _Tokens(NamedTuple):
@@ -105,7 +117,7 @@ def moh_attention(
     w_q, b_q: Query projection and its bias; RoPE follows if `rope_theta`.
     q: Finished queries (projected, normalised, rotated), instead of `w_q`.
     rope_theta: Base of RoPE; `None` for no RoPE. Not used with `q`.
-    q_positions: Positions for RoPE; `None` means 0 .. T - 1.
+    q_positions: Positions for RoPE, in any order; `None` means 0 .. T - 1.
     pattern: What each head sees, see `jaxheads.s2`; a routed head then has a
       sharded context. `None` is all keys.
     is_causal: Query t sees keys s <= t + `q_offset`; a causal `pattern` says
@@ -113,22 +125,27 @@ def moh_attention(
     q_offset: Index, among the keys, of the first query.
     mask: True where a query may attend; broadcastable.
     q_segment_ids, kv_segment_ids: Queries see keys of their own segment;
-      both or neither.
+      both or neither. Any numbers, in any order.
     scale: Multiplies the logits; `None` means H ** -0.5.
     weights_fn: Applied to the attention weights [B, N, T, S] (dropout, say);
       needs `execution="dense"`.
     execution: "dense" computes all heads and multiplies by the gates;
       "dispatch" computes queries, attention and output projection for the
       active pairs only. `None` takes the faster one for the backend and
-      length. Both are exact.
+      length, see `explain_execution`. Both are exact.
     implementation: Kernel of the dispatch: "reference", "xla", "mosaic_tpu"
-      (TPU), "triton" (GPU); `None` takes the best available.
+      (TPU), "triton", "mosaic_gpu" (GPU); `None` takes the best available.
 
   Returns:
     Output in x's dtype. A query that sees no key contributes 0.
 
   Raises:
-    ValueError: Shapes disagree or arguments exclude each other.
+    TypeError: `routing.mask` is not bool.
+    ValueError: Shapes disagree or arguments exclude each other. Outside of jit
+      also values that are not allowed: more than `num_active` heads of a token,
+      gates that are not finite, negative, or not 0 where a head is off,
+      positions or an offset out of range. Under jit they are trusted, see
+      `jaxheads.checks`.
 
   Source:
     MoH Eq. 2 and 5; specification of the dispatch: queries sparse, keys dense,
@@ -143,6 +160,17 @@ def moh_attention(
   weights = _Weights(w_q, b_q, w_o, jnp.asarray(q_offset, jnp.int32))
   tokens, weights = jax.tree.map(jnp.asarray, (tokens, weights))
   sizes = _check(tokens, weights, num_active, execution, implementation)
+  check_context(
+    pattern,
+    q_offset,
+    heads=sizes["N"],
+    length=sizes["T"],
+    kv_length=sizes["S"],
+  )
+  if routing is not None:
+    check_routing(routing, num_active)
+  if rope_theta is not None:
+    check_positions("q_positions", q_positions)
   if 0 in (sizes["B"], sizes["T"], sizes["S"]):  # Nothing to compute.
     return jnp.zeros((sizes["B"], sizes["T"], sizes["Dout"]), x.dtype)
   options = _Options(
@@ -153,17 +181,20 @@ def moh_attention(
     scale=sizes["H"] ** -0.5 if scale is None else scale,
     implementation=implementation,
   )
-  if execution is None:
-    execution = choose_execution(
-      sizes["T"], weights_fn, has_pattern=pattern is not None
-    )
-  if execution == "dense":
-    return _dense(tokens, weights, options, weights_fn)
-  if weights_fn is not None:
+  if weights_fn is not None and execution == "dispatch":
     raise ValueError(
       "`weights_fn` sees the weights of all heads: it needs "
       "`execution='dense'`, got 'dispatch'."
     )
+  execution = choose_execution(
+    "moh_attention",
+    (sizes["B"], sizes["T"], sizes["S"]),
+    execution=execution,
+    has_pattern=pattern is not None,
+    all_heads_for=None if weights_fn is None else "`weights_fn`",
+  )
+  if execution == "dense":
+    return _dense(tokens, weights, options, weights_fn)
   return per_device(
     functools.partial(_dispatch, options),
     tokens,
@@ -172,17 +203,72 @@ def moh_attention(
   )
 
 
-def choose_execution(
+def explain_execution(
   length: int,
-  weights_fn: Callable[[Array], Array] | None = None,
   *,
+  execution: Execution | None = None,
   has_pattern: bool = False,
-) -> Execution:
-  """The faster exact execution for this backend and query length."""
-  if weights_fn is not None or jax.default_backend() != "cpu":
-    return "dense"
+  all_heads_for: str | None = None,
+) -> ExecutionChoice:
+  """Which execution routed attention takes here, and why.
+
+  Args:
+    length: Queries of a sequence.
+    execution: What was asked for; `None` is the faster one.
+    has_pattern: Whether heads have contexts.
+    all_heads_for: What needs every head computed; `None` is nothing.
+
+  Example:
+    >>> explain_execution(4096).why  # on a CPU
+    'from 256 queries on it is the faster one on a CPU'
+  """
+  if all_heads_for is not None:
+    return ExecutionChoice("dense", f"{all_heads_for} needs all heads")
+  if execution is not None:
+    return ExecutionChoice(execution, "it was asked for")
+  if platform.current() != "cpu":
+    return ExecutionChoice(
+      "dense", "which one is faster was measured on CPUs only"
+    )
   least = CPU_SHARDED_DISPATCH_LENGTH if has_pattern else CPU_DISPATCH_LENGTH
-  return "dispatch" if length >= least else "dense"
+  if length < least:
+    return ExecutionChoice(
+      "dense", f"below {least} queries it is the faster one on a CPU"
+    )
+  return ExecutionChoice(
+    "dispatch", f"from {least} queries on it is the faster one on a CPU"
+  )
+
+
+def choose_execution(
+  who: str,
+  sizes: tuple[int, int, int],
+  *,
+  execution: Execution | None,
+  **needs: Any,
+) -> Execution:
+  """The execution to take; logged unless it is the one asked for.
+
+  Args:
+    who: Chooses, for the log.
+    sizes: B, T and S.
+    execution: What was asked for.
+    **needs: See `explain_execution`.
+  """
+  batch, length, kv_length = sizes
+  choice = explain_execution(length, execution=execution, **needs)
+  if choice.execution != execution:
+    tell_once(
+      f"{who} on {platform.current()}, {batch} x {length} queries and "
+      f"{kv_length} keys: execution {choice.execution!r}, because "
+      f"{choice.why}. "
+      + (
+        "`execution=` takes the other one."
+        if execution is None
+        else f"{execution!r} was asked for."
+      )
+    )
+  return choice.execution
 
 
 def _dense(

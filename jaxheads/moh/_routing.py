@@ -5,14 +5,16 @@ lowest head, so that the same model picks the same heads on every backend.
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from jaxheads.moh._config import MoHConfig
+from pallas_kernels.packing import check_active
 from pallas_kernels.shapes import check_shape
+from pallas_kernels.value_checks import check_values
 
 
 class Routing(NamedTuple):
@@ -29,6 +31,36 @@ class Routing(NamedTuple):
   mask: Bool[Array, "B T N"]
   gates: Float[Array, "B T N"]
   probs: Float[Array, "B T routed"]
+
+
+def check_routing(routing: Routing, num_active: int) -> None:
+  """Refuses routings that are not as a router makes them.
+
+  Args:
+    routing: Its `mask` and `gates`, of one shape.
+    num_active: Most active heads of any token.
+  Raises:
+    TypeError: `mask` is not bool.
+    ValueError: A token has more active heads, or a gate is not finite, is
+      negative or belongs to a head that is off; see `jaxheads.checks`.
+  """
+  mask, gates = routing.mask, routing.gates
+  if mask.dtype != jnp.bool_:
+    raise TypeError(f"`routing.mask` must be bool, got {mask.dtype}.")
+  check_active("routing.mask", mask, num_active)
+  check_values(
+    "routing.gates",
+    (gates,),
+    # A comparison with NaN is False.
+    lambda gates: ((gates >= 0) & (gates < math.inf), gates),
+    "be finite and not negative",
+  )
+  check_values(
+    "routing.gates",
+    (gates, mask),
+    lambda gates, mask: (mask | (gates == 0), gates),
+    "be 0 where `routing.mask` is False",
+  )
 
 
 class RouterParams(NamedTuple):
@@ -126,8 +158,9 @@ def route(
     token_mask: True for real tokens; padding activates no head.
 
   Raises:
-    ValueError: `config` asks for another router, or a needed map is missing
-      or of the wrong shape.
+    ValueError: `config` asks for another router, a needed map is missing or of
+      the wrong shape, or `x` is not finite at a real token (outside of jit;
+      under it see `jaxheads.checks`).
 
   Source:
     MoH Eq. 5-6; the scaled form is that of the released code.
@@ -141,6 +174,7 @@ def route(
   check_shape("x", x, "B T D", sizes)
   check_shape("token_mask", token_mask, "B T", sizes)
   _check_params(params, config, sizes["D"])
+  _check_finite("x", x, token_mask)
   x = x.astype(jnp.float32)
   scaled = config.gates == "scaled"
   shared_total: Array | float = 1.0
@@ -193,7 +227,9 @@ def route_by_query_norm(
     token_mask: True for real tokens; padding activates no head.
 
   Raises:
-    ValueError: `config` asks for another router or another head count.
+    ValueError: `config` asks for another router or another head count, or `q`
+      is not finite at a real token (outside of jit; under it see
+      `jaxheads.checks`).
 
   Source:
     MoH section 4.4, Eq. 9-10, and the released LLaMA3 model. Differs: ranks
@@ -209,6 +245,7 @@ def route_by_query_norm(
   sizes = {"N": config.num_heads}
   check_shape("q", q, "B T N H", sizes)
   check_shape("token_mask", token_mask, "B T", sizes)
+  _check_finite("q", q, token_mask)
   routed_q = q[..., config.num_shared :, :].astype(jnp.float32)
   square = jnp.sum(routed_q * routed_q, axis=-1)
   # The square root has an infinite slope at 0.
@@ -273,6 +310,23 @@ def _project(
     w.astype(jnp.float32),
     precision=jax.lax.Precision.HIGHEST,
   )
+
+
+def _check_finite(
+  name: str,
+  array: Float[Array, "B T *rest"],
+  token_mask: Bool[Array, "B T"] | None,
+) -> None:
+  """Refuses NaN and infinity, but in padding, which may hold anything."""
+  padding = () if token_mask is None else (~token_mask,)
+
+  def allowed(array: Any, *padding: Any) -> tuple[Any, Any]:
+    fine = abs(array) < math.inf  # A comparison with NaN is False.
+    for tokens in padding:
+      fine |= tokens.reshape(*tokens.shape, *(1,) * (array.ndim - 2))
+    return fine, array
+
+  check_values(name, (array, *padding), allowed, "be finite")
 
 
 def _check_params(

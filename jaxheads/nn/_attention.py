@@ -121,7 +121,8 @@ class HeadAttention(nnx.Module):
       decode: Default of the call's argument: use the cache.
       normalize_qk: Layer-normalise queries and keys per head.
       execution: See `jaxheads.moh.moh_attention`; with a `pattern` and no
-        `moh`, "dense" or None.
+        `moh`, "dense" or None. What needs every head (`sow_weights`, dropout,
+        `straight_through="dense"`) takes "dense" and logs it.
       implementation: See `jaxheads.moh.moh_attention`, or with a `pattern`
         `jaxheads.attention`.
       keep_rngs: Keep a fork of `rngs` for dropout.
@@ -413,8 +414,11 @@ class HeadAttention(nnx.Module):
     Keys and values are the inputs' own, those of a `cache` are in it too.
     """
     dropout = self.dropout_rate > 0 and not deterministic
-    weights_fn = None
+    weights_fn = weights_for = None
     if dropout or sow_weights:
+      weights_for = (
+        "`dropout_rate` above 0 while training" if dropout else "`sow_weights`"
+      )
       key = _dropout.next_key(rngs, self.rngs) if dropout else None
 
       def weights_fn(weights: Array) -> Array:
@@ -436,9 +440,9 @@ class HeadAttention(nnx.Module):
     )
     execution: Execution = "dense"
     if not in_place:
-      execution = self._execution(
-        x.shape[1], needs_weights=weights_fn is not None
-      )
+      keys = k.shape[1] if cache is None else cache.cached_key.shape[2]
+      sizes = (x.shape[0], x.shape[1], keys)
+      execution = self._execution(sizes, weights_for)
     by_norm = self.moh is not None and self.moh.router == "query_norm"
     kernels: dict[str, Any]
     if execution == "dispatch" and not by_norm and self.query_ln is None:
@@ -502,15 +506,9 @@ class HeadAttention(nnx.Module):
       visibility["mask"] = dense_mask(
         pattern.with_causality(visibility["is_causal"]),
         visibility["mask"],
-        shape=(x.shape[0], x.shape[1], k.shape[1]),
+        shape=sizes,
         q_offset=visibility["q_offset"],
-        why=(
-          "`dropout_rate` above 0 while training"
-          if dropout
-          else "`sow_weights`"
-          if sow_weights
-          else "`mask`"
-        ),
+        why=weights_for or "`mask`",
       )
       pattern = implementation = None
     return moh_attention(
@@ -528,18 +526,22 @@ class HeadAttention(nnx.Module):
       **visibility,
     )
 
-  def _execution(self, length: int, *, needs_weights: bool) -> Execution:
-    unselected_heads_learn = (
-      self.moh is not None
-      and self.moh.router == "query_norm"
-      and self.moh.straight_through == "dense"
-    )
-    all_heads_sharded = self.pattern is not None and self.moh is None
-    if needs_weights or unselected_heads_learn or all_heads_sharded:
+  def _execution(
+    self, sizes: tuple[int, int, int], weights_for: str | None
+  ) -> Execution:
+    """The execution for B, T, S; `weights_for` needs every head's weights."""
+    moh = self.moh
+    if moh is None and self.pattern is not None:
       return "dense"
-    if self.execution is None:
-      return choose_execution(length, has_pattern=self.pattern is not None)
-    return self.execution
+    if moh is not None and moh.learns_from_all_heads:
+      weights_for = weights_for or "`straight_through='dense'`"
+    return choose_execution(
+      type(self).__name__,
+      sizes,
+      execution=self.execution,
+      has_pattern=self.pattern is not None,
+      all_heads_for=weights_for,
+    )
 
   def _route(
     self,

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxheads.decoding import cache_slots
 from pallas_kernels.head_attention import HeadContexts
+from pallas_kernels.value_checks import check_values
 
 
 class Cache(NamedTuple):
@@ -44,7 +45,8 @@ def tokens_so_far(cache: Cache, k: Float[Array, "B T K H"]) -> Int[Array, ""]:
   """Tokens in the cache, which `k` continues.
 
   Raises:
-    ValueError: There is no cache, or `k` does not fit in it.
+    ValueError: There is no cache, or `k` does not fit in it. How full it is is
+      known outside of jit only; under it see `jaxheads.checks`.
   """
   if cache.cached_key is None or cache.cache_index is None:
     raise ValueError("The cache is not there: call `init_cache` first.")
@@ -56,7 +58,16 @@ def tokens_so_far(cache: Cache, k: Float[Array, "B T K H"]) -> Int[Array, ""]:
       f"`inputs_q` does not fit the cache: keys are {k.shape}, the cache has "
       f"room for {(batch, max_length, kv_heads, head_dim)}."
     )
-  return cache.cache_index[...]
+  index = cache.cache_index[...]
+  most = max_length - k.shape[1]
+  check_values(
+    "cache_index",
+    (index,),
+    lambda index: ((index >= 0) & (index <= most), index),
+    f"be in [0, {most}], so that the cache of {max_length} tokens has room for "
+    f"the {k.shape[1]} tokens of `inputs_q`",
+  )
+  return index
 
 
 def append(

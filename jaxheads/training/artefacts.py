@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxheads import flops
 from jaxheads.data import Tokenizer
 from jaxheads.models import DecoderLM, ModelConfig, generate
 from jaxheads.training import figures
@@ -134,6 +135,30 @@ def write_sample(
   return text
 
 
+def costs(model_config: ModelConfig, *, seq_len: int) -> dict[str, float]:
+  """What a token costs, and how much less than in plain multi-head attention.
+
+  Forward FLOPs are of a sequence of `seq_len` tokens, on average; bytes of keys
+  and values are read by the token after so many, and written by each. Heads
+  that are off and keys that are hidden count as free, see `jaxheads.flops`.
+  """
+  bytes_per_number = jnp.dtype(model_config.dtype).itemsize
+
+  def of(model: ModelConfig) -> tuple[float, flops.Terms]:
+    decoded = flops.decode(model, seq_len, bytes_per_number=bytes_per_number)
+    return flops.prefill(model, seq_len).total_flops, decoded.memory_bytes
+
+  total, moved = of(model_config)
+  plain_total, plain_moved = of(model_config.dense())
+  return {
+    "flops_per_token": total,
+    "flops_saved_fraction": 1 - total / plain_total,
+    "kv_read_bytes_per_token": moved["kv_read"],
+    "kv_read_saved_fraction": 1 - moved["kv_read"] / plain_moved["kv_read"],
+    "kv_write_bytes_per_token": moved["kv_write"],
+  }
+
+
 def summarise(
   run: RunFolder, model_config: ModelConfig, *, seq_len: int
 ) -> dict[str, Any]:
@@ -158,7 +183,7 @@ def summarise(
       model_config.active_heads / model_config.total_heads
     ),
     "visible_keys_fraction": model_config.visible_fraction(seq_len),
-    "flops_per_token": model_config.flops_per_token(seq_len),
+    **costs(model_config, seq_len=seq_len),
     # The median leaves compilation and pauses out.
     "tokens_per_s": statistics.median(rates) if rates else 0.0,
   }

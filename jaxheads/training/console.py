@@ -146,6 +146,10 @@ def comparison_table(rows: dict[str, dict[str, Any]]) -> Table:
   row("activated heads", lambda s: f"{100 * s['active_heads_fraction']:.1f} %")
   row("visible keys", lambda s: f"{100 * s['visible_keys_fraction']:.1f} %")
   row("FLOPs/token (forward)", lambda s: quantity(s["flops_per_token"]))
+  row(
+    "KV bytes read/token (decoding)",
+    lambda s: quantity(s["kv_read_bytes_per_token"]),
+  )
   row("parameters", lambda s: quantity(s["num_params"]))
   row("tokens/s", lambda s: f"{s['tokens_per_s']:,.0f}")
   return table

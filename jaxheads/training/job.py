@@ -12,6 +12,7 @@ import jax
 from jaxheads.data import Corpus, Tokenizer, load_corpus, load_tokenizer
 from jaxheads.errors import UserError
 from jaxheads.models import ModelConfig
+from jaxheads.moh import explain_execution
 from jaxheads.training import artefacts, console, devices, signals
 from jaxheads.training.checkpoint import quiet_storage, storage_reason
 from jaxheads.training.command_line import Request
@@ -78,6 +79,10 @@ def _run(request: Request, reporter: Reporter) -> None:
   check_sizes(config, model_config)  # Before the text is read.
   reporter.say(f"devices    {devices.describe()}")
   reporter.say(f"model      {_describe_model(model_config, config.seq_len)}")
+  reporter.say(f"cost       {_describe_cost(model_config, config.seq_len)}")
+  if any(model_config.head_plans):
+    execution = _describe_execution(model_config, config.seq_len)
+    reporter.say(f"execution  {execution}")
   corpus = load_corpus(
     config.data,
     tokenizer=tokenizer,
@@ -211,9 +216,47 @@ def _describe_model(config: ModelConfig, seq_len: int) -> str:
     f"{config.embed_dim}, {config.num_heads} heads of {config.head_dim} "
     f"({config.num_kv_heads} key-value), "
     f"{console.quantity(config.num_params)} parameters, {share:.1f} % of heads "
-    f"active, {100 * config.visible_fraction(seq_len):.1f} % of keys visible, "
-    f"{console.quantity(config.flops_per_token(seq_len))} FLOPs/token"
+    f"active, {100 * config.visible_fraction(seq_len):.1f} % of keys visible"
   )
+
+
+def _describe_cost(config: ModelConfig, seq_len: int) -> str:
+  cost = artefacts.costs(config, seq_len=seq_len)
+
+  def less(name: str) -> str:
+    return f"{100 * cost[f'{name}_saved_fraction']:.1f} % less"
+
+  return (
+    f"{console.quantity(cost['flops_per_token'])} FLOPs/token, "
+    f"{less('flops')} than plain attention; decoding after {seq_len} tokens "
+    f"reads {console.quantity(cost['kv_read_bytes_per_token'])} bytes of keys "
+    f"and values, {less('kv_read')}, and writes "
+    f"{console.quantity(cost['kv_write_bytes_per_token'])}"
+  )
+
+
+def _describe_execution(config: ModelConfig, seq_len: int) -> str:
+  """What the routed layers do, and why."""
+  kinds = {
+    (plan.learns_from_all_heads, context is not None)
+    for plan, context in zip(config.head_plans, config.contexts, strict=True)
+    if plan is not None
+  }
+  choices = {
+    explain_execution(
+      seq_len,
+      execution=config.execution,
+      has_pattern=has_pattern,
+      all_heads_for="`straight_through='dense'`" if learns_from_all else None,
+    )
+    for learns_from_all, has_pattern in kinds
+  }
+  told = "; ".join(
+    f"{choice.execution}, because {choice.why}" for choice in sorted(choices)
+  )
+  if any(choice.execution == "dense" for choice in choices):
+    told += ". Dense computes every head: those that are off save no FLOPs"
+  return told
 
 
 def _describe_corpus(corpus: Corpus) -> str:

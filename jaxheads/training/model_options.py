@@ -1,7 +1,9 @@
 """The model's part of a training run: a preset, and what to change in it."""
 
 import dataclasses
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+import tyro
 
 from jaxheads import s2
 from jaxheads.errors import UserError
@@ -109,11 +111,15 @@ class ModelOptions:
   """Type of activations; parameters stay float32."""
   remat: bool | None = None
   """Recompute activations in the backward pass: less memory, more time."""
-  execution: Literal["dense", "dispatch"] | None = None
+  execution: Annotated[
+    Literal["dense", "dispatch"] | None,
+    tyro.conf.arg(aliases=["--execution"]),
+  ] = None
   """How routed attention is computed. Default: the faster one."""
-  implementation: (
-    Literal["reference", "xla", "mosaic_tpu", "triton", "mosaic_gpu"] | None
-  ) = None
+  implementation: Annotated[
+    Literal["reference", "xla", "mosaic_tpu", "triton", "mosaic_gpu"] | None,
+    tyro.conf.arg(aliases=["--implementation"]),
+  ] = None
   """Kernel family. Default: the best for the device."""
   s2: S2Options = S2Options()
 

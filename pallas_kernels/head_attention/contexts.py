@@ -188,6 +188,12 @@ class HeadContexts:
       return dataclasses.replace(self, is_causal=True)
     return self
 
+  @property
+  def query_reach(self) -> int | None:
+    """Query tokens that all rules cover; None if there is no end."""
+    blocks = [rule.rows for rule in self.rules if isinstance(rule, Table)]
+    return min(blocks) * self.block_size if blocks else None
+
   def check_lengths(self, q_end: int, kv_length: int) -> None:
     """Raises if a rule does not reach that far.
 

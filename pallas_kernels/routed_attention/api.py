@@ -10,12 +10,13 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import _dispatch, platform
 from pallas_kernels.head_attention.contexts import HeadContexts
-from pallas_kernels.packing import Packing
+from pallas_kernels.packing import Packing, check_packing
 from pallas_kernels.routed_attention import reference
 from pallas_kernels.routed_attention.operands import (
   Implementation,
   Operands,
   Settings,
+  check_context,
 )
 from pallas_kernels.routed_attention.tiling import Tiling, default_tiling
 from pallas_kernels.shapes import check_shape
@@ -78,7 +79,9 @@ def routed_attention(
 
   Raises:
     ValueError: Shapes disagree, N is not a multiple of K, the pattern is for
-      other heads, or no such implementation.
+      other heads, no such implementation, `packing` is not as `pack` makes it
+      or `q_offset` is beyond the pattern. Under jit values are trusted, see
+      `value_checks`, and wrong ones never read out of bounds.
     NotImplementedError: The named implementation does not cover these inputs.
   """
   batch, length, heads = packing.row_of.shape
@@ -102,9 +105,11 @@ def routed_attention(
       f"`tiling.block_q` must equal `packing.block_rows` "
       f"({packing.block_rows}), got {tiling.block_q}."
     )
-  static = None if isinstance(q_offset, jax.Array) else int(q_offset)
+  check_context(
+    pattern, q_offset, heads=heads, length=length, kv_length=k.shape[1]
+  )
+  check_packing(packing)
   if pattern is not None:
-    _check_pattern(pattern, heads, (static or 0) + length, k.shape[1])
     pattern = pattern.with_causality(is_causal)
   settings = Settings(
     pattern=pattern,
@@ -134,17 +139,6 @@ def routed_attention(
   if name == "reference":
     return reference.attention(settings, operands)
   return _attend(name, settings, operands)
-
-
-def _check_pattern(
-  pattern: HeadContexts, heads: int, q_end: int, kv_length: int
-) -> None:
-  if pattern.num_heads != heads:
-    raise ValueError(
-      f"`pattern` is for {pattern.num_heads} query heads, `packing` has "
-      f"{heads}. Make the pattern for this number of heads."
-    )
-  pattern.check_lengths(q_end, kv_length)
 
 
 def _module(name: str) -> Implementation:

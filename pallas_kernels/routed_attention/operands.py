@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any, NamedTuple, Protocol
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
@@ -15,6 +16,7 @@ from pallas_kernels.head_attention.schedule import (
 )
 from pallas_kernels.packing import Packing
 from pallas_kernels.routed_attention.tiling import Tiling
+from pallas_kernels.value_checks import check_values
 
 # Blocks where there is no pattern to name them.
 _BLOCK = 128
@@ -133,6 +135,45 @@ class Implementation(Protocol):
     Float[Array, "rows H"], Float[Array, "B S K H"], Float[Array, "B S K H"]
   ]:
     """Gradients of q, k and v in their dtypes; rows with lse -inf give 0."""
+
+
+def check_context(
+  pattern: HeadContexts | None,
+  q_offset: Int[Array, ""] | int,
+  *,
+  heads: int,
+  length: int,
+  kv_length: int,
+) -> None:
+  """Refuses patterns and offsets that do not fit the queries and keys.
+
+  Args:
+    pattern: What each head sees; None is all keys.
+    q_offset: Index, among the keys, of the first query.
+    heads: Query heads.
+    length, kv_length: Queries and keys.
+
+  Raises:
+    ValueError: The pattern is for other heads or ends before the queries or
+      keys do, or `q_offset` is out of range; see `check_values`.
+  """
+  reach = FARTHEST
+  if pattern is not None:
+    if pattern.num_heads != heads:
+      raise ValueError(
+        f"`pattern` is for {pattern.num_heads} query heads, got {heads}. Make "
+        "the pattern for this number of heads."
+      )
+    static = 0 if isinstance(q_offset, jax.Array) else int(q_offset)
+    pattern.check_lengths(static + length, kv_length)
+    reach = pattern.query_reach or reach
+  least, most = -FARTHEST, reach - length
+  check_values(
+    "q_offset",
+    (q_offset,),
+    lambda offset: ((least <= offset) & (offset <= most), offset),
+    f"be in [{least}, {most}] for {length} queries",
+  )
 
 
 def row_positions(operands: Operands) -> Int[Array, " rows"]:

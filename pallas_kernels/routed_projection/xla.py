@@ -6,6 +6,7 @@ gradient of the weights. A block's gathered tokens stay in cache; a copy of x
 for every active head is never stored.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -45,7 +46,7 @@ def _gather_matmul(
     )
 
   init = jnp.zeros((packing.num_rows, w.shape[1]), tokens.dtype)
-  return jax.lax.fori_loop(0, packing.num_blocks, step, init)
+  return _for_blocks(packing, step, init)
 
 
 @jax.custom_vjp
@@ -58,13 +59,16 @@ def _matmul_scatter(
     block = _matmul(
       "qh,hd->qd", _block_rows(rows, packing, i), w[packing.block_head[i]]
     )
-    # Tokens of a block are ascending and differ; unused rows fall outside.
-    return tokens.at[_block_index(packing, i)].add(
-      block, mode="drop", indices_are_sorted=True
+    # Unused rows come first and fall outside; then tokens ascend and differ.
+    index = jnp.where(
+      _block_valid(packing, i)[:, 0], _block_index(packing, i), -1
+    )
+    return tokens.at[index].add(
+      block, mode="drop", indices_are_sorted=True, wrap_negative_indices=False
     )
 
   init = jnp.zeros((batch * length, w.shape[2]), jnp.float32)
-  tokens = jax.lax.fori_loop(0, packing.num_blocks, step, init)
+  tokens = _for_blocks(packing, step, init)
   return tokens.astype(rows.dtype)
 
 
@@ -88,7 +92,7 @@ def _weight_gradient(
 
   shape = (packing.num_heads, rows.shape[1], tokens.shape[1])
   init = jnp.zeros(shape, jnp.float32)
-  return jax.lax.fori_loop(0, packing.num_blocks, step, init)
+  return _for_blocks(packing, step, init)
 
 
 def _gather_matmul_fwd(
@@ -119,6 +123,14 @@ def _matmul_scatter_bwd(residuals: Any, d_tokens: Array) -> tuple[Any, ...]:
 
 _gather_matmul.defvjp(_gather_matmul_fwd, _gather_matmul_bwd)
 _matmul_scatter.defvjp(_matmul_scatter_fwd, _matmul_scatter_bwd)
+
+
+def _for_blocks(
+  packing: Packing, step: Callable[[Int[Array, ""], Array], Array], init: Array
+) -> Array:
+  """Folds `step` over the blocks in use."""
+  used = jnp.clip(packing.num_blocks, 0, packing.block_head.shape[0])
+  return jax.lax.fori_loop(0, used, step, init)
 
 
 def _block_index(packing: Packing, i: Int[Array, ""]) -> Int[Array, " q"]:

@@ -920,6 +920,14 @@ def test_more_new_tokens_than_the_cache_holds_are_refused():
     module(normal(B, 9, D), decode=True)
 
 
+def test_a_cache_that_is_too_full_is_told():
+  module = make(None)
+  module.init_cache((B, 8, D))
+  call(module, normal(B, 7, D), decode=True)
+  with pytest.raises(ValueError, match="`cache_index` must .* 8 tokens .* 7."):
+    module(normal(B, 2, D), decode=True)
+
+
 def test_a_cache_of_another_batch_size_is_refused():
   module = make(PLAN)
   module.init_cache((B + 1, 4, D))

@@ -49,9 +49,18 @@ def test_lists_and_switches():
   assert config.baseline
 
 
+@pytest.mark.parametrize("prefix", ["--", "--model."])
+def test_execution_and_implementation_have_short_names(prefix):
+  model = parse(
+    [f"{prefix}execution", "dispatch", f"{prefix}implementation", "xla"]
+  ).config.model
+  assert (model.execution, model.implementation) == ("dispatch", "xla")
+
+
 @pytest.mark.parametrize(
   ("flags", "message"),
   [
+    ("--implementation cuda", "'cuda'.*--implementation"),
     ("--stpes 4", "--stpes.*did you mean `--steps`"),
     ("--steps four", "--steps.*'four'"),
     ("--model.gates soft", "--model.gates.*scaled.*paper"),

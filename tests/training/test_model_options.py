@@ -5,9 +5,17 @@ import json
 import shutil
 
 import pytest
+from flax import nnx
 
 from jaxheads.errors import UserError
-from jaxheads.training import ModelOptions, S2Options, parse, presets
+from jaxheads.models import DecoderLM
+from jaxheads.training import (
+  ModelOptions,
+  S2Options,
+  artefacts,
+  parse,
+  presets,
+)
 from jaxheads.training.artefacts import label
 from tests.training import small
 
@@ -35,6 +43,57 @@ def test_dense_layers_see_everything_and_the_others_share_a_pattern():
   )
   model = build(s2=dataclasses.replace(S2, dense_layers=(0, -2)))
   assert model.contexts == (None, None, pattern)
+
+
+@pytest.mark.parametrize(
+  ("execution", "implementation", "expected"),
+  [
+    (None, None, [(None, None)] * 2),
+    ("dense", "xla", [("dense", "xla")] * 2),
+    ("dispatch", "reference", [("dispatch", "reference")] * 2),
+    # Routed attention has no such kernel.
+    ("dispatch", "triton", [("dispatch", None)] * 2),
+    ("dense", "triton", [("dense", "triton"), ("dense", None)]),
+  ],
+)
+def test_execution_and_implementation_reach_the_layers(
+  execution, implementation, expected
+):
+  config = build(
+    router="two_stage",
+    active=0.75,
+    s2=S2,
+    num_layers=2,
+    execution=execution,
+    implementation=implementation,
+  )
+  model = nnx.eval_shape(lambda: DecoderLM(config, rngs=nnx.Rngs(0)))
+  layers = [stack.attention for stack in model.stacks]
+  assert [(x.execution, x.implementation) for x in layers] == expected
+
+
+def test_costs_by_hand():
+  # D 32, 4 heads of 8 of which 3 are active, 2 KV heads, F 64, V 257; a token
+  # sees 16.5 keys on average. Query and output, keys and values, attention,
+  # router, feed-forward, vocabulary.
+  rest = 4 * 32 * 16 + 6 * 32 * 64 + 2 * 32 * 257
+  routed = 2 * 2 * 32 * 24 + 4 * 24 * 16.5 + 2 * 32 * (3 + 2) + rest
+  plain = 2 * 2 * 32 * 32 + 4 * 32 * 16.5 + rest
+  costs = artefacts.costs(small.config().model.build(257), seq_len=32)
+  assert costs == {
+    "flops_per_token": routed,
+    "flops_saved_fraction": pytest.approx(1 - routed / plain),
+    # Two of the three routed heads always need the second KV head.
+    "kv_read_bytes_per_token": 32 * 2 * 2 * 8 * 4,
+    "kv_read_saved_fraction": 0.0,
+    "kv_write_bytes_per_token": 2 * 2 * 8 * 4,
+  }
+  sharded = artefacts.costs(build(num_layers=1, s2=S2), seq_len=32)
+  assert sharded["kv_read_saved_fraction"] == 0.0  # The last layer is dense.
+  every = dataclasses.replace(S2, dense_layers=())
+  sharded = artefacts.costs(build(num_layers=1, s2=every), seq_len=32)
+  # Of four blocks of 8, the last token sees its own and every second one.
+  assert 0.3 < sharded["kv_read_saved_fraction"] < 0.4
 
 
 def test_query_heads_may_own_more_shares_than_key_value_heads():

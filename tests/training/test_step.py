@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 
 import jax
@@ -30,9 +31,10 @@ def batches(*, equal_rows: bool):
 
 
 @functools.cache
-def trained(num_devices, accumulate=1, aux_weight=0.01):
+def trained(num_devices, accumulate=1, aux_weight=0.01, **options):
   """By `equal_rows`: metrics of each step, last state, its validation loss."""
-  model_config = small.config().model.build(257)
+  model = dataclasses.replace(small.config().model, **options)
+  model_config = model.build(257)
   mesh = devices.data_mesh(jax.devices()[:num_devices])
   transform = optimizer.build(OptimizerOptions(warmup_steps=0), 100)
   results = {}
@@ -85,6 +87,19 @@ def test_accumulation_changes_nothing_where_parts_are_alike():
   # Equal rows give each part the balance statistics of the whole batch. The
   # parts have unequal numbers of valid tokens all the same.
   assert_same_run(trained(1)[True], trained(1, 2)[True])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  "implementation",
+  ["xla", pytest.param("reference", marks=pytest.mark.exhaustive)],
+)
+def test_dispatch_trains_as_dense_execution_does(implementation):
+  dense = trained(1)[False]
+  dispatched = trained(1, execution="dispatch", implementation=implementation)[
+    False
+  ]
+  assert_same_run(dense, dispatched)
 
 
 def test_accumulation_keeps_the_task_loss_of_any_batch():

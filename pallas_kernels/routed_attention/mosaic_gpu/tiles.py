@@ -88,8 +88,13 @@ def tiles_of(
   kv_length, kv_heads = operands.k.shape[1:3]
   limits = seen_up_to(settings, operands).reshape(-1, tiling.block_q)
   split = packing.block_rows // tiling.block_q
+  # Whatever the packing says, nothing is read out of bounds.
   head, sequence = (
-    jnp.repeat(x, split) for x in (packing.block_head, packing.block_batch)
+    jnp.repeat(jnp.clip(x, 0, count - 1), split)
+    for x, count in (
+      (packing.block_head, packing.num_heads),
+      (packing.block_batch, operands.k.shape[0]),
+    )
   )
   residues = [
     getattr(rule, "residue", 0) for rule in settings.rules(packing.num_heads)

@@ -181,7 +181,9 @@ def make_runs(settings: Settings, operands: Operands) -> list[Run]:
   limits = seen_up_to(settings, operands).reshape(-1, packing.block_rows)
   first = jnp.where(limits == UNUSED, kv_length, limits).min(axis=1)
   last = limits.max(axis=1)
-  head = packing.block_head
+  # Whatever the packing says, nothing is read out of bounds.
+  head = jnp.clip(packing.block_head, 0, packing.num_heads - 1)
+  sequence = jnp.clip(packing.block_batch, 0, batch - 1)
   residues = [
     getattr(rule, "residue", 0) for rule in settings.rules(packing.num_heads)
   ]
@@ -214,8 +216,8 @@ def make_runs(settings: Settings, operands: Operands) -> list[Run]:
     )
     inside = (run.start <= head) & (head < run.stop)
     blocks = Blocks(
-      kv_head=packing.block_batch * kv_heads + head // groups,
-      sequence=packing.block_batch,
+      kv_head=sequence * kv_heads + head // groups,
+      sequence=sequence,
       residue=residue,
       first=first,
       visits=BlockVisits(*(jnp.where(inside, each, 0) for each in visits)),

@@ -97,7 +97,7 @@ def by_block(layout: Layout, blocks: Blocks) -> Worklist:
   is_far = number < far
   tile = jnp.where(is_far, number, number - far + visits.near[block])
   kinds = (0, FAR, EDGE, FAR | EDGE) if far_tiles(layout) else (0, EDGE)
-  return _worklist(blocks, block, tile, is_far, block, count, kinds)
+  return _worklist(layout, blocks, block, tile, is_far, block, count, kinds)
 
 
 def by_near_tile(layout: Layout, blocks: Blocks) -> Worklist:
@@ -111,7 +111,7 @@ def by_near_tile(layout: Layout, blocks: Blocks) -> Worklist:
   near, end = visits.near[:, None], visits.end[:, None]
   visited = (near <= tiles) & (tiles < end)
   order = _falling(blocks.kv_head, visited)
-  return _by_tile(blocks, block, tile, order, count, is_far=False)
+  return _by_tile(layout, blocks, block, tile, order, count, is_far=False)
 
 
 def by_far_tile(layout: Layout, blocks: Blocks) -> Worklist:
@@ -121,7 +121,7 @@ def by_far_tile(layout: Layout, blocks: Blocks) -> Worklist:
   shard = blocks.kv_head * layout.stride + blocks.residue
   visited = blocks.visits.far[:, None] > np.arange(tiles)
   order = _falling(shard, visited)
-  return _by_tile(blocks, block, tile, order, count, is_far=True)
+  return _by_tile(layout, blocks, block, tile, order, count, is_far=True)
 
 
 def for_calls(
@@ -189,7 +189,8 @@ def _enumerate(
     counts,
     total_repeat_length=size,
   )
-  return block, numbers - (ends - counts)[block], ends[-1]
+  # Blocks in the order of positions never need more room.
+  return block, numbers - (ends - counts)[block], jnp.minimum(ends[-1], size)
 
 
 class _Order(NamedTuple):
@@ -235,6 +236,7 @@ def _falling(
 
 
 def _by_tile(
+  layout: Layout,
   blocks: Blocks,
   block: Int[Array, " items"],
   tile: Int[Array, " items"],
@@ -253,6 +255,7 @@ def _by_tile(
 
   kinds = (FAR, FAR | EDGE) if is_far else (0, EDGE)
   return _worklist(
+    layout,
     blocks,
     placed(block),
     placed(tile),
@@ -264,6 +267,7 @@ def _by_tile(
 
 
 def _worklist(
+  layout: Layout,
   blocks: Blocks,
   block: Int[Array, " items"],
   tile: Int[Array, " items"],
@@ -294,7 +298,10 @@ def _worklist(
     ),
   )
   # The tile that an item does not use: the next near one, the last far one.
-  near_tile = jnp.where(is_far, visits.near, tile)
+  # The near part of queries after the keys begins after them too.
+  near_tile = jnp.minimum(
+    jnp.where(is_far, visits.near, tile), layout.kv_tiles - 1
+  )
   far_tile = jnp.where(is_far, tile, jnp.maximum(visits.far - 1, 0))
   return Worklist(
     pack_place(block, block),

@@ -70,8 +70,9 @@ def make_tiles(
   return Tiles(
     first=jnp.where(last == UNUSED, 0, jnp.maximum(first, 0)),
     last=last,
-    sequence=jnp.repeat(packing.block_batch, pieces),
-    head=jnp.repeat(packing.block_head, pieces),
+    # Whatever the packing says, nothing is read out of bounds.
+    sequence=jnp.repeat(jnp.clip(packing.block_batch, 0, batch - 1), pieces),
+    head=jnp.repeat(jnp.clip(packing.block_head, 0, heads - 1), pieces),
     starts=starts.astype(jnp.int32) * pieces,
     longest=-(-length // packing.block_rows) * pieces,
   )
