@@ -6,8 +6,8 @@ the tiles of their own shard, gathered by strided addresses, then the window.
 Other heads walk over work lists.
 
 JAX deprecated Pallas-Triton in 0.11; it stays for GPUs before Hopper, and
-because its numbers can be shown without a GPU. It is met in
-`problem.call` and in nothing outside these files.
+because its numbers can be shown without a GPU. It is met in `problem.call`,
+here and where routed attention finds its rows, and nowhere else.
 """
 
 import functools
