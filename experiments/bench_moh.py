@@ -1,8 +1,8 @@
 r"""Times routed heads against all heads: attention alone, a layer, decoding.
 
-    python experiments/bench_moh.py                     # the README's tables
-    python experiments/bench_moh.py --subjects layer --lengths 8192
-    python experiments/bench_moh.py --subjects decode --kv-heads 4 \
+    python -m experiments.bench_moh                     # the README's tables
+    python -m experiments.bench_moh --subjects layer --lengths 8192
+    python -m experiments.bench_moh --subjects decode --kv-heads 4 \
       --group-size 4
 
 Subjects:

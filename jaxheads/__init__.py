@@ -1,6 +1,8 @@
 """Attention heads are not equal: no head should do work that does not matter.
 
 - `jaxheads.moh`: mixture-of-head attention, as pure functions
+- `jaxheads.s2`, `jaxheads.attention`: heads that see a context each
+- `jaxheads.decoding`: the newest tokens over a cache of keys and values
 - `jaxheads.nn`: the same as Flax NNX modules
 - `jaxheads.models`: a decoder language model with one head plan per layer
 - `jaxheads.checks`: checks of values, for programs under `jax.jit`
