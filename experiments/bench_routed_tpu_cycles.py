@@ -157,11 +157,12 @@ def routed_visits(
     tiling=routed_tiling(case),
   )
   (run,) = implementation.make_runs(settings, operands)
-  backward = [worklist.by_near_tile(*run)]
+  each = run.layout, run.blocks
+  backward = [worklist.by_near_tile(*each)]
   if worklist.far_tiles(run.layout):
-    backward.append(worklist.by_far_tile(*run))
+    backward.append(worklist.by_far_tile(*each))
   return {
-    "forward": [Visits.of(worklist.by_block(*run))],
+    "forward": [Visits.of(worklist.by_block(*each))],
     "backward": [Visits.of(work) for work in backward],
   }
 

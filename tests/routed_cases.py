@@ -24,6 +24,9 @@ HEADS = {
   "strided and dense": s2_cases.strided(4, block=4, dense_heads=2),
   "window": s2_cases.window(4, block=4, local=3),
   "sinks": s2_cases.window(4, block=4, local=2, sinks=1),
+  "strided with sinks": s2_cases.with_sinks(
+    s2_cases.strided(4, block=4, stride=3, local=2), 3
+  ),
   "ranged": s2_cases.ranged(
     [0, 0, 1, 1], [0, 1, 2, 3], near=3, near_stride=2, far_stride=4
   ),

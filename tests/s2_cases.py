@@ -88,6 +88,20 @@ def window(num_heads, *, block=8, local, sinks=0, reach=BLOCKS):
   )
 
 
+def with_sinks(heads, sinks):
+  """The same strided heads, which also see the first blocks of keys."""
+  pattern = heads.pattern
+  rules = tuple(
+    dataclasses.replace(rule, sinks=sinks) for rule in pattern.rules
+  )
+  reach = heads.blocks.shape[-1]
+  causal = np.tri(reach, dtype=bool)
+  return Heads(
+    pattern=dataclasses.replace(pattern, rules=rules),
+    blocks=heads.blocks | (causal & (np.arange(reach) < sinks)),
+  )
+
+
 def ranged(near_residues, far_residues, *, near, near_stride, far_stride):
   rules = tuple(
     Ranged(

@@ -33,8 +33,9 @@ class StridedHeads:
 
   Attributes:
     start, stop: The heads.
-    local, stride: As in `Strided`; no sinks.
+    local, stride: As in `Strided`.
     residues: One a head.
+    sinks: As in `Strided`.
   """
 
   start: int
@@ -42,6 +43,7 @@ class StridedHeads:
   local: int
   stride: int
   residues: tuple[int, ...]
+  sinks: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,15 +61,21 @@ class TableHeads:
 
 
 def split_heads(
-  pattern: HeadContexts,
+  pattern: HeadContexts, *, looks_up_sinks: bool = True
 ) -> tuple[StridedHeads | TableHeads, ...]:
-  """The heads of a pattern in runs that one kernel call can serve."""
+  """The heads of a pattern in runs that one kernel call can serve.
+
+  Args:
+    pattern: What the heads see.
+    looks_up_sinks: Strided heads with sinks count as those of a table.
+  """
   runs: list[list[int]] = []
   kinds: list[object] = []
   for head, rule in enumerate(pattern.rules):
     kind: object = "table"
-    if isinstance(rule, Strided) and not rule.sinks and pattern.is_causal:
-      kind = (rule.local, rule.stride)
+    looks_up = looks_up_sinks and isinstance(rule, Strided) and rule.sinks
+    if isinstance(rule, Strided) and not looks_up and pattern.is_causal:
+      kind = (rule.local, rule.stride, rule.sinks)
     if kinds and kinds[-1] == kind:
       runs[-1].append(head)
     else:
@@ -88,6 +96,7 @@ def split_heads(
         local=strided[0].local,
         stride=strided[0].stride,
         residues=tuple(rule.residue for rule in strided),
+        sinks=strided[0].sinks,
       )
     )
   return tuple(result)

@@ -73,12 +73,14 @@ class Settings:
       rules = self.pattern.rules
     return tuple(_bounded(rule, FARTHEST // self.block) for rule in rules)
 
-  def runs(self, num_heads: int) -> Runs:
+  def runs(self, num_heads: int, *, looks_up_sinks: bool = True) -> Runs:
     """The heads, in runs whose visits have one form.
 
-    Strided rules are causal ones of what `seen_up_to` says.
+    Strided rules are causal ones of what `seen_up_to` says. Those with sinks
+    count as tables, unless the caller has a use for `StridedHeads.sinks`.
     """
-    return split_heads(HeadContexts(self.block, self.rules(num_heads)))
+    rules = HeadContexts(self.block, self.rules(num_heads))
+    return split_heads(rules, looks_up_sinks=looks_up_sinks)
 
   def of_heads(self, num_heads: int) -> head_operands.Settings:
     """What head attention would be asked for."""
@@ -110,7 +112,9 @@ def _bounded(rule: Rule, most: int) -> Rule:
     return rule
   if rule.stride == 1:
     return Strided(local=most)
-  return dataclasses.replace(rule, local=min(rule.local, most))
+  return dataclasses.replace(
+    rule, local=min(rule.local, most), sinks=min(rule.sinks, most)
+  )
 
 
 class Implementation(Protocol):

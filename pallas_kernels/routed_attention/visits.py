@@ -2,7 +2,8 @@
 
 As `head_attention.schedule`, but for queries whose positions are known only
 when the program runs, and have gaps: a strided head reads the tiles of its own
-shard before `near`, then contiguous tiles up to the block's last query.
+shard before `near`, the contiguous ones there that hold sinks, then contiguous
+tiles up to the block's last query.
 """
 
 from typing import NamedTuple
@@ -19,13 +20,16 @@ class BlockVisits(NamedTuple):
   Attributes:
     far_full: Leading tiles of the shard that every query sees whole.
     far: Tiles of the shard, the last of which may be seen in part.
-    near: First contiguous tile.
+    sinks: Leading contiguous tiles that are visited for their sinks; they end
+      before `near`.
+    near: First contiguous tile of the others.
     low, high: Contiguous tiles that every query sees whole.
     end: Contiguous tile after the last one.
   """
 
   far_full: Int[Array, "..."]
   far: Int[Array, "..."]
+  sinks: Int[Array, "..."]
   near: Int[Array, "..."]
   low: Int[Array, "..."]
   high: Int[Array, "..."]
@@ -73,5 +77,13 @@ def block_visits(
   end = jnp.maximum(near, jnp.minimum(last, kv_length - 1) // block_kv + 1)
   low = jnp.clip(-(-window(last) // block_kv), near, end)
   high = jnp.clip(jnp.minimum(first + 1, kv_length) // block_kv, low, end)
-  visits = BlockVisits(far_full, far, near, low, high, end)
+  sinks = jnp.minimum(near, sink_tiles(run, block, block_kv, kv_length))
+  visits = BlockVisits(far_full, far, sinks, near, low, high, end)
   return BlockVisits(*(jnp.where(last >= 0, each, 0) for each in visits))
+
+
+def sink_tiles(
+  run: StridedHeads, block: int, block_kv: int, kv_length: int
+) -> int:
+  """Contiguous tiles that hold sinks."""
+  return -(-min(run.sinks * block, kv_length) // block_kv)

@@ -78,11 +78,19 @@ class Case:
         for _ in range(self.heads)
       ]
     else:
-      local, stride = {"s2": (8, 16), "window": (8, 0), "dense": (1, 1)}[
-        self.mask
-      ]
+      local, stride, sinks = {
+        "s2": (8, 16, 0),
+        "window": (8, 0, 0),
+        "dense": (1, 1, 0),
+        "sinks": (8, 16, 2),
+      }[self.mask]
       rules = [
-        Strided(local=local, stride=stride, residue=head % max(1, stride))
+        Strided(
+          local=local,
+          stride=stride,
+          residue=head % max(1, stride),
+          sinks=sinks,
+        )
         for head in range(self.heads)
       ]
     return HeadContexts(self.block, tuple(rules))
@@ -214,6 +222,7 @@ ROUTED = (
   ("sm_80", Case(64, 1, 2 * K, "bfloat16", "dense"), True),
   ("sm_90", Case(128, 4, 2 * K, "bfloat16", "s2"), True),
   ("sm_100", Case(96, 1, 2 * K, "bfloat16", "window"), True),
+  ("v5e", Case(128, 4, 2 * K, "bfloat16", "table", block=16), True),
   ("v4", Case(128, 4, 32 * K, "bfloat16", "dense"), False),
   ("v5e", Case(64, 1, 128 * K, "bfloat16", "dense"), False),
   ("v5p", Case(256, 4, 32 * K, "bfloat16", "s2"), False),
@@ -225,6 +234,12 @@ ROUTED = (
   ("sm_80", Case(128, 8, 128 * K, "bfloat16", "s2"), False),
   ("sm_90", Case(128, 8, 128 * K, "bfloat16", "s2", block=16), False),
   ("sm_100", Case(64, 1, 128 * K, "bfloat16", "dense"), False),
+  ("v4", Case(64, 8, 2 * K, "float32", "table"), False),
+  ("v5e", Case(128, 4, 32 * K, "bfloat16", "sinks"), False),
+  ("v4", Case(128, 4, 128 * K, "bfloat16", "sinks"), False),
+  ("v5p", Case(128, 4, 32 * K, "bfloat16", "table"), False),
+  ("v6e", Case(96, 1, 128 * K, "bfloat16", "table"), False),
+  ("tpu7x", Case(256, 4, 32 * K, "bfloat16", "table", block=16), False),
 )
 
 
@@ -281,7 +296,7 @@ def test_routed_attention_compiles(chip, case):
     allowed = 3 * case.operand_bytes + 64 * case.heads * blocks**2 + 32 * MIB
     assert kernels == [
       "head_attention_forward",
-      *["head_attention_backward"] * (2 if case.mask == "s2" else 1),
+      *["head_attention_backward"] * (2 if case.mask in ("s2", "sinks") else 1),
     ]
   assert report.temp_bytes + report.code_bytes <= allowed
 

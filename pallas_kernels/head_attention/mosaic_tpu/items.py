@@ -47,9 +47,11 @@ class Tables(NamedTuple):
       does not use repeats an earlier one, so that nothing is fetched for it.
     heads: Query head of every member of every row.
     kv_heads: KV head of the same.
-    residues: Residue of the same.
+    residues: Residue of the same; which table, if packed rows look it up.
     sequences: What to add to the grid's sequence for the keys' segment ids.
-    firsts: Position of a packed tile's first query; else not read.
+    firsts: Position of a packed tile's first query; if its rows look up what
+      they see, the first row of words they look into; else not read.
+    lasts: The last row of words; else not read.
     pointers: Where in `bits` an item's words start.
     bits: One word a key block of a tile; bit i is the i-th query block.
   """
@@ -61,6 +63,7 @@ class Tables(NamedTuple):
   residues: Words
   sequences: Words
   firsts: Words
+  lasts: Words
   pointers: Words
   bits: Words
 
@@ -237,6 +240,7 @@ def _pack(
     residues=residues.reshape(-1),
     sequences=np.zeros(heads.size),
     firsts=np.zeros(1),
+    lasts=np.zeros(1),
     pointers=pointers,
     bits=bits,
   )

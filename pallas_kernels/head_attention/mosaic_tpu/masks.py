@@ -17,6 +17,7 @@ from pallas_kernels.head_attention.mosaic_tpu.items import (
   FAR,
   Step,
 )
+from pallas_kernels.head_attention.mosaic_tpu.lookup import seen_by_rows
 from pallas_kernels.head_attention.mosaic_tpu.plan import Layout
 from pallas_kernels.head_attention.schedule import StridedHeads
 
@@ -38,6 +39,7 @@ def tile_mask(
   kind: int,
   chunk: Chunk,
   positions: jax.Array | None,
+  words: tuple[jax.Array, ...] | None = None,
 ) -> jax.Array | None:
   """Bool [keys, queries]; None if every query sees every key.
 
@@ -49,6 +51,7 @@ def tile_mask(
     kind: The static part of the flags: FAR and EDGE.
     chunk: Queries of the tile.
     positions: Of packed queries, int32 [1, queries].
+    words: What such queries looked up, int32 [1, queries] each.
   """
   if not kind & EDGE:
     return None
@@ -56,6 +59,9 @@ def tile_mask(
     return _far(layout, tables, step, chunk)
   if isinstance(layout.run, StridedHeads):
     return _window(layout, tables, step, chunk, positions)
+  if words is not None:
+    assert positions is not None
+    return seen_by_rows(layout, step, words, positions)
   return _table(layout, tables, item, step, chunk)
 
 
@@ -88,6 +94,15 @@ def _first_position(layout: Layout, tables: Any, step: Step) -> Any:
   return layout.q_offset + step.q_tile * layout.tiling.block_q
 
 
+def _near_start(layout: Layout, tables: Any, step: Step) -> Any:
+  """First key of the near part of a query tile; see `schedule`."""
+  assert isinstance(layout.run, StridedHeads)
+  block, block_kv = layout.block, layout.tiling.block_kv
+  first = _first_position(layout, tables, step)
+  window = jnp.maximum(_whole(first, block) - layout.run.local + 1, 0) * block
+  return _whole(window, block_kv) * block_kv
+
+
 def _q_positions(
   layout: Layout, step: Step, keys: int, chunk: Chunk
 ) -> jax.Array:
@@ -105,10 +120,7 @@ def _far(layout: Layout, tables: Any, step: Step, chunk: Chunk) -> jax.Array:
   """Keys of the shard before the near part: the same for all queries."""
   assert isinstance(layout.run, StridedHeads)
   block, blocks, stride = layout.block, layout.far_blocks, layout.stride
-  block_kv = layout.tiling.block_kv
-  first = _first_position(layout, tables, step)
-  window = jnp.maximum(_whole(first, block) - layout.run.local + 1, 0) * block
-  limit = jnp.minimum(_whole(window, block_kv) * block_kv, layout.kv_length)
+  limit = jnp.minimum(_near_start(layout, tables, step), layout.kv_length)
   start = step.far_tile * blocks * stride + tables.residues[step.member]
   left = _rows_of(
     lambda at: limit - (start + at * stride) * block, blocks, block, chunk.size
@@ -142,12 +154,20 @@ def _window(
       # minus `at`.
       residue = tables.residues[step.member]
       phase = lax.rem(first + run.stride - residue, run.stride)
+      remote: Any = _ALWAYS
+      if run.sinks:
+        # Tiles before the near part are there for their sinks: what the head
+        # owns of them is read with its shard.
+        is_near = step.near_tile * block_kv >= _near_start(layout, tables, step)
+        remote = jnp.where(is_near, _ALWAYS, np.int32(-1))
 
     def last_query(at: int) -> Any:
       last = (first + at + run.local) * layout.block - 1
-      if not run.stride:
-        return last
-      return jnp.where(phase == -at % run.stride, _ALWAYS, last)
+      if run.sinks:
+        last = jnp.where(first + at < run.sinks, _ALWAYS, last)
+      if run.stride:
+        last = jnp.where(phase == -at % run.stride, remote, last)
+      return last
 
     seen &= q_positions <= _rows_of(
       last_query, block_kv // rows, rows, chunk.size

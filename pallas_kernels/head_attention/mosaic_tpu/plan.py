@@ -36,7 +36,7 @@ class Layout:
     q_offset: Position of the first query.
     groups: Query heads of a KV head.
     packed: Queries are packed rows, and `run` is of the KV heads of all
-      sequences: their residues are in the tables.
+      sequences: their residues, or which rule they have, are in the tables.
   """
 
   run: StridedHeads | TableHeads

@@ -18,6 +18,10 @@ from pallas_kernels.head_attention.mosaic_tpu.items import (
   Step,
   read_step,
 )
+from pallas_kernels.head_attention.mosaic_tpu.lookup import (
+  tile_words,
+  words_index,
+)
 from pallas_kernels.head_attention.mosaic_tpu.plan import Layout
 
 _LANES = 128
@@ -43,11 +47,14 @@ class Queries(NamedTuple):
   Attributes:
     q: [B, N, T, H].
     segment_ids: [B, 8, T].
-    positions: Of packed queries among the keys, int32 [B, 8, T].
+    positions: Of packed queries among the keys, int32 [B, 8, T]. The second of
+      the eight rows says where in `words` to look, negative for nowhere.
     d_out: Cotangent of the output, [B, N, T, Hv]; backward only.
     lse: In base 2, float32 [B, N, 1, T]; backward only.
     delta: Row sums of out * d_out, less the cotangent of the log-sum-exp;
       float32 [B, N, 1, T]; backward only.
+    words: Tables of packed queries, int32 [tables, words, rows, 128]; see
+      `lookup`.
   """
 
   q: Any
@@ -56,6 +63,7 @@ class Queries(NamedTuple):
   d_out: Any = None
   lse: Any = None
   delta: Any = None
+  words: Any = None
 
 
 class Inputs(NamedTuple):
@@ -223,6 +231,24 @@ def far_spec(
   )
 
 
+def words_spec(
+  layout: Layout, members: int, shape: tuple[int, ...]
+) -> pl.BlockSpec:
+  """The words of a contiguous key tile, of all packed queries."""
+  return pl.BlockSpec(
+    (None, tile_words(layout), *shape[2:]),
+    _index_map(
+      members,
+      lambda _, step, tables: (
+        tables.residues[step.member],
+        words_index(layout, step.near_tile),
+        0,
+        0,
+      ),
+    ),
+  )
+
+
 def input_specs(layout: Layout, members: int, inputs: Inputs) -> Inputs:
   """Block specs of all inputs."""
   queries, near, far = inputs
@@ -273,6 +299,9 @@ def input_specs(layout: Layout, members: int, inputs: Inputs) -> Inputs:
       of_queries(queries.d_out),
       if_given(queries.lse, statistics),
       if_given(queries.delta, statistics),
+      None
+      if queries.words is None
+      else words_spec(layout, members, queries.words.shape),
     ),
     near
     and Keys(

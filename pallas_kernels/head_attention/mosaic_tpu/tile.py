@@ -15,6 +15,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels.head_attention.mosaic_tpu.items import EDGE, FAR, Call, Step
+from pallas_kernels.head_attention.mosaic_tpu.lookup import row_words
 from pallas_kernels.head_attention.mosaic_tpu.masks import (
   Chunk,
   same_segment,
@@ -90,11 +91,15 @@ class Logits(NamedTuple):
 
 
 class Tile(NamedTuple):
-  """The keys of a tile, [keys, H] and [keys, Hv]; ids are [keys, 128]."""
+  """The keys of a tile, [keys, H] and [keys, Hv]; ids are [keys, 128].
+
+  `words` are what packed queries looked up, int32 [1, queries] each.
+  """
 
   k: jax.Array
   v: jax.Array
   segment_ids: jax.Array | None
+  words: tuple[jax.Array, ...] | None = None
 
 
 def load_tile(inputs: Inputs, kind: int) -> Tile:
@@ -191,8 +196,18 @@ class TileContext(NamedTuple):
     positions = None
     if queries.positions is not None:
       positions = self.columns(queries.positions, chunk)[:1]
+    words = tile.words
+    if words is not None:
+      words = tuple(self.columns(each, chunk) for each in words)
     mask = tile_mask(
-      self.layout, self.tables, self.item, self.step, kind, chunk, positions
+      self.layout,
+      self.tables,
+      self.item,
+      self.step,
+      kind,
+      chunk,
+      positions,
+      words,
     )
     if tile.segment_ids is not None:
       same = same_segment(
@@ -224,6 +239,10 @@ def visit_tile(
 
   def run(kind: int) -> None:
     tile = load_tile(context.inputs, kind)
+    queries = context.inputs.queries
+    if queries.words is not None and kind & EDGE:
+      words = row_words(context.layout, context.tables, context.step, queries)
+      tile = tile._replace(words=words)
     chunk_by_chunk(
       context.layout.tiling.block_q,
       overlap,

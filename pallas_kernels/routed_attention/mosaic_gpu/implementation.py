@@ -169,7 +169,7 @@ def _kernel(
     kv_segments=(
       kv_segments_ref.at[tile.sequence] if problem.has_segments else None
     ),
-    visits=shards.places(tile.residue, *tile.visits),
+    visits=tile.places(shards),
     residue=tile.residue,
   )
   attend(chip, problem, shards, job, scratch)

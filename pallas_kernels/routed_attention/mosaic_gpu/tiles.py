@@ -13,6 +13,7 @@ from jaxtyping import Array, Int
 
 from pallas_kernels.head_attention.schedule import StridedHeads
 from pallas_kernels.head_attention.tiling import Tiling
+from pallas_kernels.head_attention.triton.walks import Shards, ShardVisits
 from pallas_kernels.routed_attention.operands import (
   UNUSED,
   Operands,
@@ -41,6 +42,19 @@ class Tile(NamedTuple):
     """From a row of `Tiles.table`."""
     sequence, kv_head, residue, *visits = row
     return cls(sequence, kv_head, residue, BlockVisits(*visits))
+
+  def places(self, shards: Shards) -> ShardVisits:
+    """Where the keys of each visit lie."""
+    visits = self.visits
+    return shards.places(
+      self.residue,
+      far_full=visits.far_full,
+      far=visits.far,
+      near=visits.near,
+      low=visits.low,
+      high=visits.high,
+      end=visits.end,
+    )
 
   def table(self) -> Int[Array, "tiles columns"]:
     """A row for every tile."""

@@ -5,14 +5,17 @@ B K heads. A block of rows is a query tile that names its KV head; which key
 tiles it visits is listed when the program runs.
 """
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.head_attention import operands as head_operands
+from pallas_kernels.head_attention.contexts import HeadContexts, Strided
 from pallas_kernels.head_attention.mosaic_tpu import settings as head_settings
 from pallas_kernels.head_attention.mosaic_tpu import specs
 from pallas_kernels.head_attention.mosaic_tpu.backward_kernel import (
@@ -23,10 +26,13 @@ from pallas_kernels.head_attention.mosaic_tpu.forward_kernel import attend
 from pallas_kernels.head_attention.mosaic_tpu.items import MAX_ROWS, Call
 from pallas_kernels.head_attention.mosaic_tpu.plan import Layout
 from pallas_kernels.head_attention.mosaic_tpu.tile import LOG2_E, NOTHING_SEEN
-from pallas_kernels.head_attention.schedule import StridedHeads
+from pallas_kernels.head_attention.schedule import StridedHeads, TableHeads
+from pallas_kernels.packing import Packing
+from pallas_kernels.routed_attention.mosaic_tpu.lookups import make_lookups
 from pallas_kernels.routed_attention.mosaic_tpu.worklist import (
   MOST_ITEMS,
   Blocks,
+  TileVisits,
   by_block,
   by_far_tile,
   by_near_tile,
@@ -37,6 +43,7 @@ from pallas_kernels.routed_attention.operands import (
   UNUSED,
   Operands,
   Settings,
+  row_positions,
   seen_up_to,
 )
 from pallas_kernels.routed_attention.visits import BlockVisits, block_visits
@@ -62,9 +69,8 @@ def refusal(settings: Settings, operands: Operands) -> str | None:
       f"`k` may have at most {most:,} tokens with tiles of {block_kv}, got "
       f"{operands.k.shape[1]:,}; use a larger `block_kv`."
     )
-  heads = packing.num_heads
-  return settings.refusal_of_tables(heads) or head_settings.refusal(
-    settings.of_heads(heads), _head_operands(operands)
+  return head_settings.refusal(
+    _head_settings(settings, packing.num_heads), _head_operands(operands)
   )
 
 
@@ -78,13 +84,13 @@ def forward(
     jnp.zeros((1, 1, rows, size), operands.q.dtype),
     jnp.full((1, 1, 1, rows), -jnp.inf, jnp.float32),
   )
-  queries = _queries(settings, operands)
+  queries = _queries(operands)
   for run in runs:
     layout = run.layout
     step = functools.partial(
       _attend,
       layout,
-      queries,
+      run.asking(queries),
       _keys(layout, operands),
       _options(settings, operands, layout, backward=False),
     )
@@ -123,7 +129,7 @@ def backward(
   runs = make_runs(settings, operands)
   seen = jnp.isfinite(lse)
   delta = (out.astype(jnp.float32) * d_out.astype(jnp.float32)).sum(-1)
-  queries = _queries(settings, operands)._replace(
+  queries = _queries(operands)._replace(
     d_out=jnp.where(seen[:, None], d_out, 0)[None, None],
     lse=jnp.where(seen, lse, NOTHING_SEEN)[None, None, None],
     delta=jnp.where(seen, delta, 0.0)[None, None, None],
@@ -142,7 +148,11 @@ def backward(
     padding = keys.k.shape[2] - dk.shape[2]
     dk, dv = (_pad_keys(x, padding) for x in (dk, dv))
     step = functools.partial(
-      _add, layout, queries, keys, options | {"dtype": dtype, "adds": not whole}
+      _add,
+      layout,
+      run.asking(queries),
+      keys,
+      options | {"dtype": dtype, "adds": not whole},
     )
     lists = [by_near_tile(layout, run.blocks)]
     if far_tiles(layout):
@@ -167,76 +177,162 @@ def _add(
 
 
 class Run(NamedTuple):
-  """Heads whose visits have one form, and what their blocks visit."""
+  """Heads whose visits have one form, and what their blocks visit.
+
+  Attributes:
+    layout: Static sizes.
+    blocks: Of all heads; those of others visit nothing.
+    positions: As in `specs.Queries`.
+    words: As in `specs.Queries`; None if rows do not look up what they see.
+  """
 
   layout: Layout
   blocks: Blocks
+  positions: Int[Array, "1 sublanes rows"]
+  words: Int[Array, "rules words sublanes lanes"] | None = None
+
+  def asking(self, queries: specs.Queries) -> specs.Queries:
+    """The queries, with what decides what they see."""
+    return queries._replace(positions=self.positions, words=self.words)
 
 
 def make_runs(settings: Settings, operands: Operands) -> list[Run]:
   """The heads in runs, and what the blocks of each visit."""
   packing = operands.packing
-  batch, kv_length, kv_heads, _ = operands.k.shape
-  groups = packing.num_heads // kv_heads
-  limits = seen_up_to(settings, operands).reshape(-1, packing.block_rows)
-  first = jnp.where(limits == UNUSED, kv_length, limits).min(axis=1)
-  last = limits.max(axis=1)
   # Whatever the packing says, nothing is read out of bounds.
-  head = jnp.clip(packing.block_head, 0, packing.num_heads - 1)
-  sequence = jnp.clip(packing.block_batch, 0, batch - 1)
+  packing = dataclasses.replace(
+    packing,
+    block_head=jnp.clip(packing.block_head, 0, packing.num_heads - 1),
+    block_batch=jnp.clip(packing.block_batch, 0, operands.k.shape[0] - 1),
+  )
+  operands = operands._replace(packing=packing)
+  return [
+    _strided_run(settings, operands, run)
+    if isinstance(run, StridedHeads)
+    else _table_run(settings, operands, run)
+    for run in settings.runs(packing.num_heads, looks_up_sinks=False)
+  ]
+
+
+def _strided_run(
+  settings: Settings, operands: Operands, run: StridedHeads
+) -> Run:
+  packing = operands.packing
+  kv_length = operands.k.shape[1]
+  positions = seen_up_to(settings, operands)
+  limits = positions.reshape(-1, packing.block_rows)
+  first = jnp.where(limits == UNUSED, kv_length, limits).min(axis=1)
   residues = [
     getattr(rule, "residue", 0) for rule in settings.rules(packing.num_heads)
   ]
-  residue = jnp.asarray(residues, jnp.int32)[head]
-  result = []
-  for run in settings.runs(packing.num_heads):
-    assert isinstance(run, StridedHeads)
-    layout = Layout(
-      run=StridedHeads(
-        0, batch * kv_heads, local=run.local, stride=run.stride, residues=()
-      ),
-      block=settings.block,
-      is_causal=True,
-      tiling=settings.tiling,
-      q_length=operands.q.shape[0],
-      kv_length=kv_length,
-      q_offset=0,
-      groups=1,
-      packed=True,
-    )
-    visits = block_visits(
-      run,
-      residue,
-      first,
-      last,
-      block=settings.block,
-      block_kv=settings.tiling.block_kv,
-      far_tokens=layout.far_blocks * settings.block,
-      kv_length=kv_length,
-    )
-    inside = (run.start <= head) & (head < run.stop)
-    blocks = Blocks(
-      kv_head=sequence * kv_heads + head // groups,
-      sequence=sequence,
-      residue=residue,
-      first=first,
-      visits=BlockVisits(*(jnp.where(inside, each, 0) for each in visits)),
-      segments=batch * (run.stop - run.start),
-    )
-    result.append(Run(layout, blocks))
-  return result
+  residue = jnp.asarray(residues, jnp.int32)[packing.block_head]
+  layout = _layout(
+    settings,
+    operands,
+    dataclasses.replace(run, start=0, stop=_kv_heads(operands), residues=()),
+  )
+  visits = block_visits(
+    run,
+    residue,
+    first,
+    limits.max(axis=1),
+    block=settings.block,
+    block_kv=settings.tiling.block_kv,
+    far_tokens=layout.far_blocks * settings.block,
+    kv_length=kv_length,
+  )
+  inside = _inside(run, packing)
+  blocks = _blocks(
+    operands,
+    run,
+    residue=residue,
+    first=first,
+    last=jnp.zeros((1,), jnp.int32),
+    visits=BlockVisits(*(jnp.where(inside, each, 0) for each in visits)),
+  )
+  return Run(layout, blocks, specs.on_sublanes(positions[None]))
 
 
-def _queries(settings: Settings, operands: Operands) -> specs.Queries:
+def _table_run(settings: Settings, operands: Operands, run: TableHeads) -> Run:
   packing = operands.packing
+  layout = _layout(
+    settings, operands, TableHeads(0, _kv_heads(operands), rules=())
+  )
+  rules = tuple(dict.fromkeys(run.rules))
+  numbers = np.zeros(packing.num_heads, np.int32)
+  numbers[run.start : run.stop] = [rules.index(rule) for rule in run.rules]
+  looked_up = make_lookups(
+    layout,
+    rules,
+    operands,
+    _inside(run, packing),
+    jnp.asarray(numbers)[packing.block_head],
+  )
+  blocks = _blocks(
+    operands,
+    run,
+    residue=looked_up.rule,
+    first=looked_up.first,
+    last=looked_up.last,
+    visits=TileVisits(looked_up.visited, looked_up.full),
+  )
+  positions = specs.on_sublanes(row_positions(operands)[None])
+  positions = positions.at[:, 1].set(looked_up.lane)
+  return Run(layout, blocks, positions, looked_up.words)
+
+
+def _kv_heads(operands: Operands) -> int:
+  """Of all sequences."""
+  return operands.k.shape[0] * operands.k.shape[2]
+
+
+def _layout(
+  settings: Settings, operands: Operands, run: StridedHeads | TableHeads
+) -> Layout:
+  # Strided rules are causal ones of what `seen_up_to` says.
+  pattern = settings.pattern
+  is_causal = isinstance(run, StridedHeads) or (
+    pattern is not None and pattern.is_causal
+  )
+  return Layout(
+    run=run,
+    block=settings.block,
+    is_causal=is_causal,
+    tiling=settings.tiling,
+    q_length=operands.q.shape[0],
+    kv_length=operands.k.shape[1],
+    q_offset=0,
+    groups=1,
+    packed=True,
+  )
+
+
+def _inside(
+  run: StridedHeads | TableHeads, packing: Packing
+) -> Bool[Array, " blocks"]:
+  """Which blocks belong to a run."""
+  return (run.start <= packing.block_head) & (packing.block_head < run.stop)
+
+
+def _blocks(
+  operands: Operands, run: StridedHeads | TableHeads, **of_run: Any
+) -> Blocks:
+  packing = operands.packing
+  batch, kv_heads = operands.k.shape[0], operands.k.shape[2]
+  kv_head = packing.block_head // (packing.num_heads // kv_heads)
+  return Blocks(
+    kv_head=packing.block_batch * kv_heads + kv_head,
+    sequence=packing.block_batch,
+    segments=batch * (run.stop - run.start),
+    **of_run,
+  )
+
+
+def _queries(operands: Operands) -> specs.Queries:
   ids = operands.q_segment_ids
   if ids is not None:
-    ids = ids.reshape(-1).at[packing.row_token].get(mode="clip")[None]
-  queries = specs.make_queries(
-    operands.q[None, :, None], ids, operands.q.shape[0]
-  )
-  positions = seen_up_to(settings, operands)
-  return queries._replace(positions=specs.on_sublanes(positions[None]))
+    ids = ids.reshape(-1).at[operands.packing.row_token].get(mode="clip")[None]
+  return specs.make_queries(operands.q[None, :, None], ids, operands.q.shape[0])
 
 
 def _keys(layout: Layout, operands: Operands) -> specs.Keys:
@@ -274,6 +370,28 @@ def _options(
     soft_cap=None,
     overlap=head_settings.overlap(layout, backward=backward),
     vmem_bytes=head_settings.vmem_limit(layout, _head_operands(operands)),
+    interpret=settings.interpret,
+  )
+
+
+def _head_settings(
+  settings: Settings, num_heads: int
+) -> head_operands.Settings:
+  """What head attention would be asked for.
+
+  Its tables have limits that looking up has not: a window takes as much memory.
+  """
+  rules = [
+    rule if isinstance(rule, Strided) else Strided(local=1)
+    for rule in settings.rules(num_heads)
+  ]
+  rules = [dataclasses.replace(rule, sinks=0) for rule in rules]
+  return head_operands.Settings(
+    pattern=HeadContexts(settings.block, tuple(rules)),
+    scale=settings.scale,
+    logits_soft_cap=None,
+    q_offset=0,
+    tiling=settings.tiling,
     interpret=settings.interpret,
   )
 

@@ -28,7 +28,7 @@ from pallas_kernels.head_attention.mosaic_tpu.items import (
 )
 from pallas_kernels.head_attention.mosaic_tpu.plan import Layout, has_far
 from pallas_kernels.head_attention.schedule import StridedHeads
-from pallas_kernels.routed_attention.visits import BlockVisits
+from pallas_kernels.routed_attention.visits import BlockVisits, sink_tiles
 
 Carry = TypeVar("Carry")
 
@@ -37,14 +37,26 @@ Carry = TypeVar("Carry")
 MOST_ITEMS = 1 << 16
 
 
+class TileVisits(NamedTuple):
+  """Tiles that have no order: bool [blocks, tiles].
+
+  Attributes:
+    visited: Whether a block visits a contiguous tile.
+    full: Whether every query sees all of it.
+  """
+
+  visited: Bool[Array, "blocks tiles"]
+  full: Bool[Array, "blocks tiles"]
+
+
 class Blocks(NamedTuple):
   """Blocks of packed rows; int32 [blocks].
 
   Attributes:
     kv_head: KV head of all sequences: sequence * K + KV head.
     sequence: Which one.
-    residue: Of the head.
-    first: Position of the first query.
+    residue: Of the head; the number of its rule, if rows look up what they see.
+    first, last: As in `Tables`.
     visits: Key tiles; none for blocks of other heads.
     segments: Pairs of a head and a sequence (static).
   """
@@ -53,7 +65,8 @@ class Blocks(NamedTuple):
   sequence: Int[Array, " blocks"]
   residue: Int[Array, " blocks"]
   first: Int[Array, " blocks"]
-  visits: BlockVisits
+  last: Int[Array, " blocks"]
+  visits: BlockVisits | TileVisits
   segments: int
 
   @property
@@ -87,41 +100,49 @@ def far_tiles(layout: Layout) -> int:
 
 
 def by_block(layout: Layout, blocks: Blocks) -> Worklist:
-  """Block by block: first its far tiles, then its near ones."""
+  """Block by block: its far tiles, those of its sinks, its near ones."""
   visits = blocks.visits
+  if isinstance(visits, TileVisits):
+    return _listed(visits, _rising(visits.visited))
   block, number, count = _enumerate(
-    visits.far + visits.end - visits.near,
+    visits.far + visits.sinks + visits.end - visits.near,
     blocks.number * far_tiles(layout) + _most_near(layout, blocks),
   )
   far = visits.far[block]
   is_far = number < far
-  tile = jnp.where(is_far, number, number - far + visits.near[block])
+  tile = jnp.where(is_far, number, _near_tile(visits, block, number - far))
   kinds = (0, FAR, EDGE, FAR | EDGE) if far_tiles(layout) else (0, EDGE)
-  return _worklist(layout, blocks, block, tile, is_far, block, count, kinds)
+  return _worklist(layout, visits, block, tile, is_far, block, count, kinds)
 
 
 def by_near_tile(layout: Layout, blocks: Blocks) -> Worklist:
   """Contiguous tile by contiguous tile, with all heads of a KV head."""
   visits = blocks.visits
+  if isinstance(visits, TileVisits):
+    order = _falling(blocks.kv_head, visits.visited)
+    return _listed(visits, order)
   block, number, count = _enumerate(
-    visits.end - visits.near, _most_near(layout, blocks)
+    visits.sinks + visits.end - visits.near, _most_near(layout, blocks)
   )
-  tile = visits.near[block] + number
-  tiles = np.arange(layout.kv_tiles)
-  near, end = visits.near[:, None], visits.end[:, None]
-  visited = (near <= tiles) & (tiles < end)
+  tile = _near_tile(visits, block, number)
+  tiles = jnp.arange(layout.kv_tiles)
+  sinks, near, end = (
+    each[:, None] for each in (visits.sinks, visits.near, visits.end)
+  )
+  visited = (tiles < sinks) | (near <= tiles) & (tiles < end)
   order = _falling(blocks.kv_head, visited)
-  return _by_tile(layout, blocks, block, tile, order, count, is_far=False)
+  return _by_tile(layout, visits, block, tile, order, count, is_far=False)
 
 
 def by_far_tile(layout: Layout, blocks: Blocks) -> Worklist:
   """Tile by tile of every shard, with all heads of a KV head that own it."""
-  tiles = far_tiles(layout)
-  block, tile, count = _enumerate(blocks.visits.far, blocks.number * tiles)
+  tiles, visits = far_tiles(layout), blocks.visits
+  assert isinstance(visits, BlockVisits)
+  block, tile, count = _enumerate(visits.far, blocks.number * tiles)
   shard = blocks.kv_head * layout.stride + blocks.residue
-  visited = blocks.visits.far[:, None] > np.arange(tiles)
+  visited = visits.far[:, None] > np.arange(tiles)
   order = _falling(shard, visited)
-  return _by_tile(layout, blocks, block, tile, order, count, is_far=True)
+  return _by_tile(layout, visits, block, tile, order, count, is_far=True)
 
 
 def for_calls(
@@ -150,6 +171,7 @@ def for_calls(
       residues=blocks.residue,
       sequences=blocks.sequence,
       firsts=blocks.first,
+      lasts=blocks.last,
       pointers=np.zeros(1, np.int32),
       bits=np.zeros(1, np.int32),
     )
@@ -161,15 +183,25 @@ def for_calls(
   )[1]
 
 
+def _near_tile(
+  visits: BlockVisits, block: Int[Array, " items"], number: Int[Array, " items"]
+) -> Int[Array, " items"]:
+  """A block's contiguous tile of that number: the sinks' come first."""
+  sinks = visits.sinks[block]
+  return jnp.where(number < sinks, number, number - sinks + visits.near[block])
+
+
 def _most_near(layout: Layout, blocks: Blocks) -> int:
   """Contiguous tiles that all blocks visit together, at most.
 
   The blocks of a head and a sequence do not overlap: together they span the
-  keys once, and each has a window besides.
+  keys once, and each has a window and sinks besides.
   """
-  assert isinstance(layout.run, StridedHeads)
-  window = -(-layout.run.local * layout.block // layout.tiling.block_kv)
-  spanned = blocks.segments * layout.kv_tiles + blocks.number * (window + 3)
+  run, block_kv = layout.run, layout.tiling.block_kv
+  assert isinstance(run, StridedHeads)
+  window = -(-run.local * layout.block // block_kv)
+  extra = window + 3 + sink_tiles(run, layout.block, block_kv, layout.kv_length)
+  spanned = blocks.segments * layout.kv_tiles + blocks.number * extra
   return min(blocks.number * layout.kv_tiles, spanned)
 
 
@@ -235,9 +267,42 @@ def _falling(
   return _Order(place[back], output[back])
 
 
+def _rising(visited: Bool[Array, "blocks tiles"]) -> _Order:
+  """By the block, and by the tile."""
+  count, tiles = visited.shape
+  place = jnp.cumsum(visited.reshape(-1), dtype=jnp.int32) - 1
+  output = np.broadcast_to(np.arange(count)[:, None], visited.shape)
+  return _Order(place.reshape(count, tiles), jnp.asarray(output, jnp.int32))
+
+
+def _listed(visits: TileVisits, order: _Order) -> Worklist:
+  """The visits in their order."""
+  size = visits.visited.size
+  numbers = jnp.arange(size, dtype=jnp.int32).reshape(visits.visited.shape)
+  # The others have places after the end, each its own.
+  place = jnp.where(visits.visited, order.place, size + numbers)
+  visit = (
+    jnp.zeros((size,), jnp.int32)
+    .at[place.reshape(-1)]
+    .set(numbers.reshape(-1), mode="drop", unique_indices=True)
+  )
+  tiles = visits.visited.shape[1]
+  block, tile = visit // tiles, visit % tiles
+  return _packed(
+    block,
+    tile,
+    jnp.zeros_like(tile),
+    jnp.zeros((size,), bool),
+    visits.full.reshape(-1)[visit],
+    order.output.reshape(-1)[visit],
+    visits.visited.sum(dtype=jnp.int32),
+    (0, EDGE),
+  )
+
+
 def _by_tile(
   layout: Layout,
-  blocks: Blocks,
+  visits: BlockVisits,
   block: Int[Array, " items"],
   tile: Int[Array, " items"],
   order: _Order,
@@ -256,7 +321,7 @@ def _by_tile(
   kinds = (FAR, FAR | EDGE) if is_far else (0, EDGE)
   return _worklist(
     layout,
-    blocks,
+    visits,
     placed(block),
     placed(tile),
     jnp.full((size,), is_far),
@@ -268,7 +333,7 @@ def _by_tile(
 
 def _worklist(
   layout: Layout,
-  blocks: Blocks,
+  visits: BlockVisits,
   block: Int[Array, " items"],
   tile: Int[Array, " items"],
   is_far: Bool[Array, " items"],
@@ -276,12 +341,33 @@ def _worklist(
   count: Int[Array, ""],
   kinds: tuple[int, ...],
 ) -> Worklist:
-  visits = BlockVisits(*(each[block] for each in blocks.visits))
+  visits = BlockVisits(*(each[block] for each in visits))
   is_full = jnp.where(
     is_far,
     tile < visits.far_full,
     (visits.low <= tile) & (tile < visits.high),
   )
+  # The tile that an item does not use: the next near one, the last far one.
+  # The near part of queries after the keys begins after them too.
+  next_near = jnp.minimum(visits.near, layout.kv_tiles - 1)
+  next_near = jnp.where(visits.sinks > 0, 0, next_near)
+  near_tile = jnp.where(is_far, next_near, tile)
+  far_tile = jnp.where(is_far, tile, jnp.maximum(visits.far - 1, 0))
+  return _packed(
+    block, near_tile, far_tile, is_far, is_full, output, count, kinds
+  )
+
+
+def _packed(
+  block: Int[Array, " items"],
+  near_tile: Int[Array, " items"],
+  far_tile: Int[Array, " items"],
+  is_far: Bool[Array, " items"],
+  is_full: Bool[Array, " items"],
+  output: Int[Array, " items"],
+  count: Int[Array, ""],
+  kinds: tuple[int, ...],
+) -> Worklist:
   numbers = jnp.arange(block.shape[0], dtype=jnp.int32)
   first = (numbers == 0) | (output != jnp.roll(output, 1))
   last = (numbers == count - 1) | (output != jnp.roll(output, -1))
@@ -297,12 +383,6 @@ def _worklist(
       )
     ),
   )
-  # The tile that an item does not use: the next near one, the last far one.
-  # The near part of queries after the keys begins after them too.
-  near_tile = jnp.minimum(
-    jnp.where(is_far, visits.near, tile), layout.kv_tiles - 1
-  )
-  far_tile = jnp.where(is_far, tile, jnp.maximum(visits.far - 1, 0))
   return Worklist(
     pack_place(block, block),
     pack_tiles(near_tile, far_tile, flags),

@@ -192,7 +192,7 @@ def read_block(heads: Heads, context: Context, number: Int[Array, ""]) -> Block:
     if not settings.pattern.is_causal:
       last = jnp.where(last >= 0, heads.kv_length - 1, last)
     none = jnp.zeros_like(last)
-    visits = BlockVisits(none, none, none, none, none, none)
+    visits = BlockVisits(*[none] * len(BlockVisits._fields))
   if context.has_mask:
     visits = visits._replace(
       far_full=jnp.zeros_like(last), low=visits.near, high=visits.near
@@ -253,6 +253,9 @@ def visit_all(
     if not context.has_mask:
       state = loop(jnp.int32(0), visits.far_full, far, state, is_full=True)
     state = loop(visits.far_full, visits.far, far, state, is_full=False)
+  if isinstance(heads.run, StridedHeads) and heads.run.sinks:
+    options = dict(width=wide, is_full=False)
+    state = loop(jnp.int32(0), visits.sinks, near, state, **options)
   # Tiles of a rule without a closed form all have a mask.
   if isinstance(heads.run, StridedHeads) and not context.has_mask:
     if heads.has_window:
@@ -296,9 +299,14 @@ def _window_mask(
     assert isinstance(run, StridedHeads)
     number = keys // heads.settings.block
     last = (number + run.local) * heads.settings.block - 1
+    always = np.int32(2**31 - 1)
+    if run.sinks:
+      last = jnp.where(number < run.sinks, always, last)
     if run.stride:
+      # What the head owns of the tiles of the sinks is read with its shard.
+      is_near = keys >= block.visits.near * heads.settings.tiling.block_kv
       own = number % run.stride == heads.residue(block.head)
-      last = jnp.where(own, np.int32(2**31 - 1), last)
+      last = jnp.where(own, jnp.where(is_near, always, -1), last)
     visible &= limits <= last
   return visible & _asked_for(context, block, tile)
 

@@ -167,7 +167,7 @@ class _Problem:
     self._packing = operands.packing
     self._kv_length, kv_heads = operands.k.shape[1:3]
     num_heads = operands.packing.num_heads
-    runs = settings.runs(num_heads)
+    runs = settings.runs(num_heads, looks_up_sinks=False)
     padded = padded_length(settings, runs, self._kv_length)
     self._heads = [
       Heads(

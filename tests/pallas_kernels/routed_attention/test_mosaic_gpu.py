@@ -111,7 +111,7 @@ def shown(tile, limits, *, shards, box, most):
   table = tile.table()
   assert table.shape[1] == COLUMNS
   tile = Tile.read([table[:, column, None] for column in range(COLUMNS)])
-  visits = shards.places(tile.residue, *tile.visits)
+  visits = tile.places(shards)
   visit = jnp.arange(most, dtype=jnp.int32)[None]
   place = Place(*(x[..., None] for x in visits.place(visit)))
   edge_visit = jnp.maximum(visit - visits.full_count, 0)
