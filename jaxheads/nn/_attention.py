@@ -8,6 +8,7 @@ from flax import nnx
 from flax.nnx.nn.linear import default_kernel_init
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxheads import s2
 from jaxheads.decoding import decode_attention
 from jaxheads.moh import (
   MoHConfig,
@@ -28,6 +29,7 @@ from jaxheads.nn._patterned import (
 )
 from jaxheads.nn._variables import AuxLoss, RoutingStats
 from jaxheads.rope import apply_rope
+from pallas_kernels import platform
 from pallas_kernels.head_attention import HeadContexts
 
 # New tokens that read a cache in place; more are a prompt.
@@ -491,8 +493,18 @@ class HeadAttention(nnx.Module):
       return combine_heads(out, gates, kernels["w_o"])
     if cache is not None:
       k, v = _cache.slots(cache, k.dtype)
+    fits_kernels = weights_fn is None and visibility["mask"] is None
+    if (
+      execution == "dense"
+      and pattern is None
+      and fits_kernels
+      and visibility["is_causal"]
+      and platform.current() != "cpu"
+    ):
+      # The kernels of accelerators keep no attention weights.
+      pattern = s2.dense(self.num_heads)
     if pattern is not None and execution == "dense":
-      if weights_fn is None and visibility["mask"] is None:
+      if fits_kernels:
         del visibility["mask"]
         return patterned_attention(
           k=k,

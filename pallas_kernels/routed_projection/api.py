@@ -2,13 +2,25 @@
 
 from jaxtyping import Array, Float
 
-from pallas_kernels import _dispatch
+from pallas_kernels import _dispatch, platform
 from pallas_kernels.packing import Packing
-from pallas_kernels.routed_projection import reference, xla
+from pallas_kernels.routed_projection import dense, reference, xla
 from pallas_kernels.shapes import check_shape
 
-_PROJECT_IN = {"reference": reference.project_in, "xla": xla.project_in}
-_PROJECT_OUT = {"reference": reference.project_out, "xla": xla.project_out}
+_PROJECT_IN = {
+  "reference": reference.project_in,
+  "xla": xla.project_in,
+  "dense": dense.project_in,
+}
+_PROJECT_OUT = {
+  "reference": reference.project_out,
+  "xla": xla.project_out,
+  "dense": dense.project_out,
+}
+
+
+def _best() -> str:
+  return "xla" if platform.current() == "cpu" else "dense"
 
 
 def project_in(
@@ -24,7 +36,9 @@ def project_in(
     x: Layer input.
     w: Projection of every head.
     packing: Which row is which (token, head).
-    implementation: "reference", "xla" or `None` for the best.
+    implementation: "reference", "xla" (active pairs only), "dense" (all heads,
+      then the active pairs) or `None` for the best: "xla" on CPUs, "dense" on
+      accelerators.
 
   Returns:
     Rows in x's dtype, summed in float32.
@@ -36,7 +50,7 @@ def project_in(
   sizes = {"B": batch, "T": length, "N": heads}
   check_shape("x", x, "B T D", sizes)
   check_shape("w", w, "D N H", sizes)
-  run = _dispatch.select(_PROJECT_IN, implementation, default="xla")
+  run = _dispatch.select(_PROJECT_IN, implementation, default=_best())
   return run(x, w, packing)
 
 
@@ -53,7 +67,9 @@ def project_out(
     rows: One row for each active (token, head); unused rows do not count.
     w: Projection of every head.
     packing: Which row is which (token, head).
-    implementation: "reference", "xla" or `None` for the best.
+    implementation: "reference", "xla" (active pairs only), "dense" (all heads,
+      then the active pairs) or `None` for the best: "xla" on CPUs, "dense" on
+      accelerators.
 
   Returns:
     Sums in rows' dtype, accumulated in float32 in the order of heads: the
@@ -65,5 +81,5 @@ def project_out(
   sizes = {"rows": packing.num_rows, "N": packing.num_heads}
   check_shape("rows", rows, "rows H", sizes)
   check_shape("w", w, "N H Dout", sizes)
-  run = _dispatch.select(_PROJECT_OUT, implementation, default="xla")
+  run = _dispatch.select(_PROJECT_OUT, implementation, default=_best())
   return run(rows, w, packing)

@@ -16,10 +16,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas import tpu as pltpu
 
+from jaxheads.moh import MoHConfig
+from jaxheads.nn import MoHAttention
 from pallas_kernels import aot
 from pallas_kernels.head_attention import (
   HeadContexts,
@@ -299,6 +302,42 @@ def test_routed_attention_compiles(chip, case):
       *["head_attention_backward"] * (2 if case.mask in ("s2", "sinks") else 1),
     ]
   assert report.temp_bytes + report.code_bytes <= allowed
+
+
+@pytest.mark.parametrize("execution", ["dense", "dispatch"])
+@pytest.mark.parametrize(
+  "chip",
+  [
+    "sm_90",
+    pytest.param("v5e", marks=pytest.mark.exhaustive),
+    pytest.param("v6e", marks=pytest.mark.exhaustive),
+  ],
+)
+def test_a_routed_layer_keeps_no_attention_weights(chip, execution):
+  heads, size, length = 16, 64, 16 * K
+  layer = MoHAttention(
+    heads,
+    heads * size,
+    moh=MoHConfig.from_fraction(heads, 0.5),
+    rope_theta=10_000.0,
+    dtype=jnp.bfloat16,
+    execution=execution,
+    decode=False,
+    rngs=nnx.Rngs(0),
+  )
+  graph, state = nnx.split(layer)
+
+  def loss(state, x):
+    out = nnx.merge(graph, state, copy=True)(x, is_causal=True)
+    return jnp.mean(out.astype(jnp.float32) ** 2)
+
+  x = jax.ShapeDtypeStruct((1, length, heads * size), jnp.bfloat16)
+  grad = jax.grad(loss, argnums=(0, 1), allow_int=True)
+  report = compile_for(chip, grad, state, x)
+  assert len(report.kernels) >= 2
+  # A few float32 arrays of all heads: less than the weights of one.
+  allowed = 12 * length * heads * size * 4
+  assert report.temp_bytes <= allowed < 2 * length**2 * 4
 
 
 # Of a step of decoding: sequences x KV heads, query heads a KV head, head size,

@@ -12,6 +12,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxheads.moh import MoHConfig
 from jaxheads.nn import AuxLoss, MoHAttention, RoutingStats, auxiliary_loss
+from pallas_kernels import platform
 from tests import oracles, strategies
 
 B, T, N, H, D = 2, 9, 8, 4, 12
@@ -799,6 +800,25 @@ def test_dropout_without_a_flag_or_without_rngs_is_refused():
     without(x, deterministic=False)
   out = call(without, x, deterministic=False, rngs=nnx.Rngs(dropout=0))
   assert np.isfinite(out).all()
+
+
+@pytest.mark.parametrize("execution", [None, "dispatch"])
+def test_accelerators_use_their_kernels(execution):
+  module = make(PLAN, num_kv_heads=2, rope_theta=100.0, execution=execution)
+  x = normal(B, T, D)
+  segments = np.sort(np.random.default_rng(0).integers(0, 2, (B, T)))
+  options = {"is_causal": True, "segment_ids": jnp.asarray(segments)}
+  expected = call(module, x, **options)
+  graph, state = nnx.split(module)
+
+  def run(state, x):
+    return nnx.merge(graph, state)(x, **options)
+
+  with platform.compiling_for("tpu"), platform.interpreting():
+    traced = jax.jit(run).trace(state, x)
+    out = traced.lower().compile()(state, x)
+  assert "pallas_call" in str(traced.jaxpr)
+  oracles.assert_close(out, expected, FORWARD)
 
 
 # -------------------------------------------------------------- decode cache
