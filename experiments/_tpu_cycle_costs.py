@@ -1,4 +1,15 @@
-"""What the cycles of tiles add up to, for `bench_tpu_cycles.py`."""
+"""What the cycles of tiles add up to, for `bench_tpu_cycles.py`.
+
+A kernel of ours has code of its own for each part of a tile that it may
+compute. Which of them a grid step runs is not guessed: the conditions in the
+kernel are evaluated for every step, on the tables that it reads (`Work.of`). A
+call then costs, with cycles as in `cycles`,
+
+  for each code: steps that run it x its cycles
+  for each step: what is beside the tiles, conditions and copies too, and
+                 `BRANCH` bundles for each code that it skips
+  for each output tile: what starts and ends it
+"""
 
 import dataclasses
 import functools
@@ -8,13 +19,23 @@ import numpy as np
 
 from experiments._tpu_cycle_cases import HEAD_SIZE, Case, Problem, Schedules
 from pallas_kernels.aot.bundles import Body, Schedule
-from pallas_kernels.head_attention import Tiling
-from pallas_kernels.head_attention.schedule import (
-  StridedHeads,
-  Visits,
-  split_heads,
-  strided_visits,
+from pallas_kernels.head_attention import HeadContexts, Strided, Tiling
+from pallas_kernels.head_attention.contexts import Rule
+from pallas_kernels.head_attention.mosaic_tpu.items import (
+  EDGE,
+  FAR,
+  FIRST,
+  Call,
+  read_step,
 )
+from pallas_kernels.head_attention.mosaic_tpu.plan import (
+  Layout,
+  forward_plan,
+  key_plan,
+)
+from pallas_kernels.head_attention.mosaic_tpu.settings import overlap_on
+from pallas_kernels.head_attention.mosaic_tpu.tile import Code, codes
+from pallas_kernels.head_attention.schedule import split_heads
 
 # Floating-point operations of the matrix units in a cycle of a core: published
 # peak over clock. v4: 275/2 T at 1.05 GHz, v5e: 197 T at 1.5, v5p: 459/2 T at
@@ -28,9 +49,12 @@ PEAK = {
   "v6e": 524288,
   "tpu7x": 524288,
 }
-# The kernels of a direction, and how many products each makes of a tile.
+GENERATION = {"v4": 4, "v5e": 5, "v5p": 5, "v6e": 6, "tpu7x": 7}
+LITE = ("v5e", "v6e")
+# The products that a direction makes of a tile.
+PRODUCTS = {"forward": 2, "backward": 5}
+# The kernels of a direction of splash attention, and how many each makes.
 PARTS: dict[str, dict[str, dict[str, int]]] = {
-  "ours": {"forward": {"forward": 2}, "backward": {"backward": 5}},
   "splash fused": {"forward": {"fwd": 2}, "backward": {"dkv": 5}},
   "splash unfused": {"forward": {"fwd": 2}, "backward": {"dq": 3, "dkv": 4}},
 }
@@ -47,53 +71,138 @@ def floor(case: Case, products: int) -> float:
   return flops / PEAK[case.chip]
 
 
-def cycles(case: Case, body: Body, products: int) -> float:
-  """Cycles of one tile: its bundles, but no fewer than the floor."""
-  return max(body.bundles, floor(case, products))
+def cycles(case: Case, body: Body, products: int, share: float = 1.0) -> float:
+  """Cycles of one tile: its bundles, but no fewer than the floor.
+
+  Args:
+    case: What is compiled.
+    body: Its code.
+    products: That it makes.
+    share: Of the logits that a full tile has.
+  """
+  return max(body.bundles, share * floor(case, products))
 
 
-# Tiles of our kernels, in the order in which they are compiled.
-KINDS = ("near full", "far full", "near edge", "far edge")
+# Bundles after a branch before it acts. Where it skips a tile they are counted
+# with that tile, which does not run.
+BRANCH = 4
 
 
-def our_visits(case: Case, problem: Problem) -> Visits:
-  """What each head of ours visits."""
-  run = StridedHeads(0, 1, local=1, stride=1, residues=(0,))
+def our_layout(case: Case, problem: Problem) -> Layout:
+  """All heads of ours."""
+  rules: tuple[Rule, ...] = (Strided(local=1, stride=1),) * problem.heads
   if case.mask == "s2":
-    (found,) = split_heads(problem.pattern())
-    assert isinstance(found, StridedHeads)
-    run = found
-  visits = strided_visits(
-    run,
+    rules = problem.pattern().rules
+  (run,) = split_heads(HeadContexts(problem.block, rules))
+  return Layout(
+    run=run,
     block=problem.block,
+    is_causal=True,
     tiling=Tiling(block_q=case.block_q, block_kv=case.block_kv),
     q_length=problem.length,
     kv_length=problem.length,
     q_offset=0,
+    groups=1,
   )
-  if case.mask == "causal":
-    # The only shard is the keys themselves.
-    visits = visits._replace(is_far=np.zeros_like(visits.is_far))
-  return visits
 
 
-def kind_counts(visits: Visits) -> dict[str, int]:
-  """How many tiles of each kind are visited; no kind with none."""
-  kinds = np.asarray(visits.is_far, int) + 2 * ~visits.is_full
-  counts = np.bincount(kinds, minlength=len(KINDS))
-  return {
-    name: int(count) for name, count in zip(KINDS, counts, strict=True) if count
-  }
+@dataclasses.dataclass(frozen=True)
+class Work:
+  """What one call of our kernels does.
+
+  Attributes:
+    layout: Of it.
+    codes: The code that it has for tiles, by name.
+    counts: How many tiles run each.
+    steps: Grid steps; one that shows a head nothing runs no tile's code.
+    outputs: Output tiles.
+  """
+
+  layout: Layout
+  codes: dict[str, Code]
+  counts: dict[str, int]
+  steps: int
+  outputs: int
+
+  @classmethod
+  def of(cls, layout: Layout, call: Call) -> "Work":
+    """Counts what the kernel's own conditions let run, step by step."""
+    row, item, member = np.indices((call.rows, call.items, call.members))
+    step = read_step(call.tables, row, item, member, call.members)
+    named = {_name(code, layout): code for code in codes(layout, call)}
+    counts = {
+      name: int(code.runs(layout, call.tables, item, step).sum())
+      for name, code in named.items()
+    }
+    firsts = (step.flags & FIRST) != 0
+    return cls(layout, named, counts, item.size, int(firsts[..., 0].sum()))
+
+  @property
+  def visits(self) -> int:
+    """Tiles."""
+    return sum(self.counts.values())
+
+  def tiles(
+    self, case: Case, schedule: Schedule, part: str
+  ) -> dict[str, "Tile"]:
+    """One of each code, for the logits that it does compute."""
+    tiling = self.layout.tiling
+    overlap = overlap_on(
+      GENERATION[case.chip],
+      self.layout,
+      backward=part == "backward",
+      is_lite=case.chip in LITE,
+    )
+    found = {}
+    for name, body in label(schedule, self.codes).items():
+      chunks = self.codes[name].chunks(self.layout, overlap)
+      logits = sum(chunk.size * chunk.keys for chunk in chunks)
+      share = logits / (tiling.block_q * tiling.block_kv)
+      found[name] = Tile.of(case, schedule, body, PRODUCTS[part], share)
+    return found
+
+  def cost(self, case: Case, schedule: Schedule, part: str) -> "Cost":
+    """Cycles of the call.
+
+    Every tile that runs costs what the schedule of its own code takes, which
+    knows the keys that it leaves out. Every step costs what the loop over the
+    grid holds beside tiles, and `BRANCH` for each code that it skips.
+    """
+    tiles = sum(
+      self.counts[name] * tile.cycles
+      for name, tile in self.tiles(case, schedule, part).items()
+    )
+    skipped = self.steps * len(self.codes) - self.visits
+    rest = (
+      self.steps * schedule.step_bundles()
+      + skipped * BRANCH
+      + self.outputs * schedule.ends_bundles()
+    )
+    return Cost(self.visits, tiles, tiles + rest)
 
 
-def label(schedule: Schedule, kinds: Iterable[str]) -> dict[str, Body]:
-  """The tiles of one of our kernels by kind.
+def _name(code: Code, layout: Layout) -> str:
+  """Of a tile: near or far, full or edge, and which edge."""
+  place = "far" if code.kind & FAR else "near"
+  if not code.kind & EDGE:
+    return f"{place} full"
+  if code.edge is not None:
+    return f"{place} edge at {code.edge.offset}"
+  if code.blocks is not None:
+    return f"{place} edge of {code.blocks[1] * layout.block}"
+  if code.halves is not None:
+    return f"{place} edge of halves {code.halves.word:04b}"
+  return f"{place} edge"
+
+
+def label(schedule: Schedule, names: Iterable[str]) -> dict[str, Body]:
+  """The tiles of one of our kernels by name.
 
   Raises:
     ValueError: The kernel does not have these tiles, or a full one selects as
       much as an edge: the order is not what it was.
   """
-  tiles, names = schedule.tiles(), list(kinds)
+  tiles, names = schedule.tiles(), list(names)
   if len(tiles) != len(names):
     raise ValueError(
       f"{schedule.name} has {len(tiles)} tiles, the schedule {names}."
@@ -108,22 +217,27 @@ def label(schedule: Schedule, kinds: Iterable[str]) -> dict[str, Body]:
   return found
 
 
+@functools.cache
+def our_work(case: Case, problem: Problem) -> dict[str, list[Work]]:
+  """The calls of a direction, in program order; no matter which chip."""
+  layout = our_layout(case, problem)
+  plan = key_plan(layout)
+  calls = {
+    "forward": forward_plan(layout).calls,
+    "backward": plan.near.calls + plan.far.calls,
+  }
+  return {
+    part: [Work.of(layout, call) for call in each]
+    for part, each in calls.items()
+  }
+
+
 def our_calls(
   case: Case, schedules: Schedules, problem: Problem, part: str
-) -> list[tuple[Schedule, Visits, dict[str, Body]]]:
-  """Each call of a part: its code, what it visits, its tiles by kind."""
-  visits = our_visits(case, problem)
-  lists = [visits]
-  if part == "backward":
-    lists = [visits.take(~visits.is_far), visits.take(visits.is_far)]
-  return [
-    (schedule, items, label(schedule, kind_counts(items)))
-    for schedule, items in zip(
-      kernels(schedules, part),
-      (items for items in lists if items.q_tile.size),
-      strict=True,
-    )
-  ]
+) -> list[tuple[Schedule, Work]]:
+  """Each call of a part: its code, and what it does."""
+  work = our_work(dataclasses.replace(case, chip="any"), problem)[part]
+  return list(zip(kernels(schedules, part), work, strict=True))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,12 +257,17 @@ class Tile:
 
   @classmethod
   def of(
-    cls, case: Case, schedule: Schedule, body: Body, products: int
+    cls,
+    case: Case,
+    schedule: Schedule,
+    body: Body,
+    products: int,
+    share: float = 1.0,
   ) -> "Tile":
     """A body's."""
     return cls(
       body.bundles,
-      cycles(case, body, products),
+      cycles(case, body, products, share),
       body.slots.get("MXU", 0),
       schedule.capacity["MXU"] * body.bundles,
     )
@@ -184,14 +303,11 @@ class Cost:
   tiles: float = 0
   total: float = 0
 
-  def plus(
-    self, visits: int, tiles: float, rest: float, times: int = 1
-  ) -> "Cost":
-    """With another kernel's, which runs `times` times."""
+  def __add__(self, other: "Cost") -> "Cost":
     return Cost(
-      self.visits + times * visits,
-      self.tiles + times * tiles,
-      self.total + times * (tiles + rest),
+      self.visits + other.visits,
+      self.tiles + other.tiles,
+      self.total + other.total,
     )
 
 
@@ -200,17 +316,8 @@ def our_cost(
 ) -> Cost:
   """Our kernels over the whole problem."""
   cost = Cost()
-  for part, products in PARTS["ours"][direction].items():
-    for schedule, items, bodies in our_calls(case, schedules, problem, part):
-      in_tiles = sum(
-        count * cycles(case, bodies[kind], products)
-        for kind, count in kind_counts(items).items()
-      )
-      steps = items.q_tile.size
-      output_tiles = items.q_tile if part == "forward" else items.kv_tile
-      outputs = np.unique(output_tiles).size
-      rest = steps * schedule.step_bundles() + outputs * schedule.ends_bundles()
-      cost = cost.plus(steps, in_tiles, rest, problem.heads)
+  for schedule, work in our_calls(case, schedules, problem, direction):
+    cost += work.cost(case, schedule, direction)
   return cost
 
 
@@ -252,5 +359,6 @@ def splash_cost(
       q_tiles * kv_tiles * schedule.step_bundles()
       + outputs * schedule.ends_bundles()
     )
-    cost = cost.plus(visits, visits * cycles(case, body, products), rest)
+    tiles = visits * cycles(case, body, products)
+    cost += Cost(visits, tiles, tiles + rest)
   return cost

@@ -28,15 +28,9 @@ from experiments._tpu_cycle_cases import (
   Schedules,
   routed_tiling,
 )
-from experiments._tpu_cycle_costs import (
-  cycles,
-  kernels,
-  our_calls,
-  our_cost,
-)
+from experiments._tpu_cycle_costs import Work, kernels, our_work
 from experiments.bench_tpu_cycles import (
   DIRECTIONS,
-  LEAST,
   Cells,
   CycleConfig,
   Results,
@@ -45,7 +39,7 @@ from experiments.bench_tpu_cycles import (
 )
 from jaxheads.errors import UserError, one_line_errors
 from jaxheads.moh import MoHConfig
-from pallas_kernels.head_attention.mosaic_tpu.items import EDGE, FAR, FIRST
+from pallas_kernels.head_attention.mosaic_tpu.items import Call, Tables
 from pallas_kernels.packing import Packing, pack
 from pallas_kernels.routed_attention.mosaic_tpu import implementation, worklist
 from pallas_kernels.routed_attention.operands import Operands, Settings
@@ -107,33 +101,10 @@ def picks(problem: Problem, active: float, block_rows: int) -> Packing:
   )
 
 
-@dataclasses.dataclass(frozen=True)
-class Visits:
-  """What one kernel visits.
-
-  Attributes:
-    kinds: Tiles of each kind that it has code for, in the order of the code.
-    outputs: Output tiles.
-  """
-
-  kinds: tuple[int, ...]
-  outputs: int
-
-  @classmethod
-  def of(cls, work: worklist.Worklist) -> "Visits":
-    """Of a list."""
-    flags = np.asarray(work.tiles)[: int(work.length)]
-    kind = flags & (FAR | EDGE)
-    return cls(
-      tuple(int((kind == each).sum()) for each in work.kinds),
-      int((flags & FIRST).astype(bool).sum()),
-    )
-
-
-def routed_visits(
+def routed_work(
   case: Case, problem: Problem, active: float
-) -> dict[str, list[Visits]]:
-  """What the kernels of each direction visit, in program order."""
+) -> dict[str, list[Work]]:
+  """What the kernels of each direction do, in program order."""
   packing = picks(problem, active, case.block_q)
 
   def shape(*sizes: int) -> Any:
@@ -161,50 +132,59 @@ def routed_visits(
   backward = [worklist.by_near_tile(*each)]
   if worklist.far_tiles(run.layout):
     backward.append(worklist.by_far_tile(*each))
+
+  def count(work: worklist.Worklist) -> Work:
+    tables = worklist.tables_of(run.blocks, work.place, work.tiles)
+    return Work.of(
+      run.layout,
+      Call(
+        Tables(*map(np.asarray, tables)),
+        rows=1,
+        members=1,
+        kinds=work.kinds,
+        count=int(work.length),
+      ),
+    )
+
   return {
-    "forward": [Visits.of(worklist.by_block(*each))],
-    "backward": [Visits.of(work) for work in backward],
+    "forward": [count(worklist.by_block(*each))],
+    "backward": [count(work) for work in backward],
   }
 
 
-def routed_cost(
-  case: Case, schedules: Schedules, visits: list[Visits], direction: str
+def kernels_cost(
+  case: Case, schedules: Schedules, work: list[Work], direction: str
 ) -> float:
   """Cycles of the kernels of a direction."""
-  total = 0.0
-  for schedule, each in zip(kernels(schedules, direction), visits, strict=True):
-    for count, body in zip(each.kinds, schedule.tiles(), strict=True):
-      total += count * cycles(case, body, LEAST[direction])
-    total += sum(each.kinds) * schedule.step_bundles()
-    total += each.outputs * schedule.ends_bundles()
-  return total
+  return sum(
+    each.cost(case, schedule, direction).total
+    for schedule, each in zip(kernels(schedules, direction), work, strict=True)
+  )
 
 
 def full_tile(
-  case: Case, schedules: Schedules, problem: Problem, direction: str
+  case: Case, schedules: Schedules, work: list[Work], direction: str
 ) -> float | None:
   """Cycles of the dearest full tile of a case; None if it has none."""
-  if case.kernel == "ours":
-    bodies = [
-      body
-      for _, _, kinds in our_calls(case, schedules, problem, direction)
-      for kind, body in kinds.items()
-      if "full" in kind
-    ]
-  else:
-    # Tiles without a mask come first.
-    bodies = [
-      body
-      for schedule in kernels(schedules, direction)
-      for body in schedule.tiles()[: len(schedule.tiles()) // 2]
-    ]
   return max(
-    (cycles(case, body, LEAST[direction]) for body in bodies), default=None
+    (
+      tile.cycles
+      for schedule, each in zip(
+        kernels(schedules, direction), work, strict=True
+      )
+      for name, tile in each.tiles(case, schedule, direction).items()
+      if "full" in name
+    ),
+    default=None,
   )
 
 
 def full_tiles(
-  results: Results, problem: Problem, chip: str, mask: str, direction: str
+  results: Results,
+  work: dict[Case, dict[str, list[Work]]],
+  chip: str,
+  mask: str,
+  direction: str,
 ) -> dict[str, dict[str, float]]:
   """Of both kernels, by tile size; only where both have one."""
   found: dict[str, dict[str, float]] = {}
@@ -214,7 +194,8 @@ def full_tiles(
       case = Case(chip, kernel, mask, size, size)
       schedules = results[case]
       if not isinstance(schedules, str):
-        cost = full_tile(case, schedules, problem, direction)
+        what = work[dataclasses.replace(case, chip="any")][direction]
+        cost = full_tile(case, schedules, what, direction)
         if cost is not None:
           tiles[kernel] = round(cost)
     if len(tiles) == 2:
@@ -242,10 +223,11 @@ def rows_of(
   """A row a chip, direction and mask."""
   ideal = MoHConfig.from_fraction(problem.heads, active).active_fraction
   visible = {"causal": 1.0, "s2": problem.density()}
-  visits = {
-    case: routed_visits(case, problem, active)
-    for case in cases(("any",))
+  work = {
+    case: routed_work(case, problem, active)
     if case.kernel == "routed"
+    else our_work(case, problem)
+    for case in cases(("any",))
   }
   rows = []
   for chip in dict.fromkeys(case.chip for case in results):
@@ -254,16 +236,14 @@ def rows_of(
       moved /= BYTES_PER_CYCLE[chip]
       dense = None
       for mask in MASKS:
-        ours, routed = {}, {}
+        ours: dict[int, float] = {}
+        routed: dict[int, float] = {}
         for case, found in results.items():
           if (case.chip, case.mask) != (chip, mask) or isinstance(found, str):
             continue
-          if case.kernel == "ours":
-            cost = our_cost(case, found, problem, direction).total
-            ours[case.block_q] = cost
-          else:
-            what = visits[dataclasses.replace(case, chip="any")][direction]
-            routed[case.block_q] = routed_cost(case, found, what, direction)
+          what = work[dataclasses.replace(case, chip="any")][direction]
+          side = ours if case.kernel == "ours" else routed
+          side[case.block_q] = kernels_cost(case, found, what, direction)
         all_heads, picked = Best.of(ours), Best.of(routed)
         dense = dense or all_heads.cycles
         cost = picked.cycles + moved
@@ -272,7 +252,7 @@ def rows_of(
             "chip": chip,
             "direction": direction,
             "mask": mask,
-            "full_tile": full_tiles(results, problem, chip, mask, direction),
+            "full_tile": full_tiles(results, work, chip, mask, direction),
             "all_heads": round(all_heads.cycles),
             "all_heads_tile": all_heads.size,
             "routed": round(picked.cycles),

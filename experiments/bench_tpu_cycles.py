@@ -34,6 +34,7 @@ from experiments._tpu_cycle_cases import (
 )
 from experiments._tpu_cycle_costs import (
   PARTS,
+  PRODUCTS,
   Tile,
   floor,
   kernels,
@@ -46,6 +47,8 @@ from pallas_kernels.aot.targets import CHIPS
 
 TPUS = tuple(name for name, chip in CHIPS.items() if chip.platform == "tpu")
 EQUAL_TILES = (512, 1024)
+# Others that may be our best.
+OUR_TILES = ((512, 1024), (1024, 512))
 # Splash attention's own best: narrow key tiles skip more, wide ones cost less.
 SPLASH_TILES = (
   (1024, 128),
@@ -57,8 +60,6 @@ SPLASH_TILES = (
 )
 SPLASH = ("splash fused", "splash unfused")
 DIRECTIONS = ("forward", "backward")
-# Products that a direction cannot do without.
-LEAST = {"forward": 2, "backward": 5}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -130,6 +131,7 @@ def cases(chips: Iterable[str]) -> list[Case]:
         for kernel in SPLASH
         for mask in ("causal", "none")
       ]
+    found += [Case(chip, "ours", "s2", *tile) for tile in OUR_TILES]
     found += [
       Case(chip, kernel, "s2", *tile)
       for tile in SPLASH_TILES
@@ -184,7 +186,7 @@ def tile_rows(results: Results, problem: Problem) -> list[dict[str, Any]]:
           "chip": chip,
           "tile": f"{size} x {size}",
           "direction": direction,
-          "floor": round(floor(case, LEAST[direction])),
+          "floor": round(floor(case, PRODUCTS[direction])),
           "ours": {kind: tile.figures() for kind, tile in ours.items()},
         }
         # The dearer of the full tiles.
@@ -219,11 +221,9 @@ def our_tiles(
     if isinstance(schedules, str):
       return {}
     found: dict[str, Tile] = {}
-    for part, products in PARTS["ours"][direction].items():
-      for schedule, _, bodies in our_calls(masked, schedules, problem, part):
-        for kind, body in bodies.items():
-          tile = Tile.of(case, schedule, body, products)
-          found[kind] = found.get(kind, Tile()) + tile
+    for schedule, work in our_calls(masked, schedules, problem, direction):
+      for kind, tile in work.tiles(masked, schedule, direction).items():
+        found[kind] = found.get(kind, Tile()) + tile
     for kind, tile in found.items():
       tiles[kind] = max(
         tile, tiles.get(kind, tile), key=lambda each: each.cycles
@@ -301,11 +301,15 @@ def tile_cells(rows: list[dict[str, Any]]) -> Cells:
   def cycles(tile: dict[str, Any] | None) -> str:
     return f"{tile['cycles']:,}" if tile else "-"
 
+  def edges(tiles: dict[str, Any], place: str) -> str:
+    found = [each for name, each in tiles.items() if f"{place} edge" in name]
+    return ", ".join(map(cycles, found)) or "-"
+
   def ratio(value: float | None) -> str:
     return f"{value:.2f}" if value else "-"
 
   cells = [
-    "chip|tile|direction|ours, full|near edge|far edge|splash|ours : splash|"
+    "chip|tile|direction|ours, full|near edges|far edges|splash|ours : splash|"
     "splash, no mask|ours : that|MXU floor|share|MXU use".split("|")
   ]
   for row in rows:
@@ -324,8 +328,8 @@ def tile_cells(rows: list[dict[str, Any]]) -> Cells:
         row["tile"],
         row["direction"],
         cycles(full),
-        cycles(row["ours"].get("near edge")),
-        cycles(row["ours"].get("far edge")),
+        edges(row["ours"], "near"),
+        edges(row["ours"], "far"),
         cycles(splash[0]),
         ratio(row.get("ratio causal")),
         cycles(splash[1]),

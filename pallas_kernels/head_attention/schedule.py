@@ -9,8 +9,9 @@ A strided head reads its keys in two parts that share an online softmax:
          one large tile however small the blocks are.
 
 Everything a query tile sees of the far part, all of its queries see, so far
-tiles need no mask but for the last one's tail. Heads that differ in their
-residue only have the same schedule.
+tiles need no mask but for the last one's tail. (The TPU kernels draw the line
+query by query instead: `mosaic_tpu.plan.strided_worklist`.) Heads that differ
+in their residue only have the same schedule.
 """
 
 import dataclasses

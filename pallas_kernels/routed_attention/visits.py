@@ -46,6 +46,7 @@ def block_visits(
   block_kv: int,
   far_tokens: int,
   kv_length: int,
+  by_query: bool = False,
 ) -> BlockVisits:
   """What blocks of packed queries visit.
 
@@ -58,22 +59,30 @@ def block_visits(
     block_kv: Keys of a contiguous tile.
     far_tokens: Keys of a tile of the shard.
     kv_length: Keys.
+    by_query: Of the shard, a query sees what its own window has left behind,
+      instead of what lies before `near`.
   """
 
   def window(position: Int[Array, "..."]) -> Int[Array, "..."]:
     """First key that a query there sees near it."""
     return jnp.maximum(position // block - (run.local - 1), 0) * block
 
-  near = window(first) // block_kv
-  far = far_full = jnp.zeros_like(near)
-  if run.stride:
-    past = jnp.minimum(near * block_kv, kv_length)
+  def held(past: Int[Array, "..."]) -> Int[Array, "..."]:
+    """Keys of the shard before a position."""
+    past = jnp.minimum(past, kv_length)
     blocks = past // block
     # Of the shard: whole blocks, and what `past` leaves of the next one.
     whole = jnp.maximum(blocks - residue + run.stride - 1, 0) // run.stride
     begun = past - (whole * run.stride + residue) * block
-    held = whole * block + jnp.clip(begun, 0, block)
-    far_full, far = held // far_tokens, -(-held // far_tokens)
+    return whole * block + jnp.clip(begun, 0, block)
+
+  near = window(first) // block_kv
+  far = far_full = jnp.zeros_like(near)
+  if run.stride:
+    by_all, by_some = near * block_kv, near * block_kv
+    if by_query:
+      by_all, by_some = window(first), window(last)
+    far_full, far = held(by_all) // far_tokens, -(-held(by_some) // far_tokens)
   end = jnp.maximum(near, jnp.minimum(last, kv_length - 1) // block_kv + 1)
   low = jnp.clip(-(-window(last) // block_kv), near, end)
   high = jnp.clip(jnp.minimum(first + 1, kv_length) // block_kv, low, end)

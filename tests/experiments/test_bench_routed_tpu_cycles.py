@@ -12,7 +12,7 @@ SIZE = 128
 
 
 def test_visits_are_those_up_to_the_last_query_of_each_block():
-  visits = bench.routed_visits(
+  work = bench.routed_work(
     Case("v5e", "routed", "causal", SIZE, SIZE), PROBLEM, 0.5
   )
   packing = bench.picks(PROBLEM, 0.5, SIZE)
@@ -22,24 +22,28 @@ def test_visits_are_those_up_to_the_last_query_of_each_block():
   used = last >= 0
   tiles = last[used] // SIZE + 1
   full = (first[used] + 1) // SIZE
-  (forward,) = visits["forward"]
-  assert forward.kinds == (full.sum(), (tiles - full).sum())
+  (forward,) = work["forward"]
+  assert forward.counts == {
+    "near full": full.sum(),
+    "near edge": (tiles - full).sum(),
+  }
   assert forward.outputs == used.sum()
-  (backward,) = visits["backward"]
-  assert backward.kinds == forward.kinds
+  (backward,) = work["backward"]
+  assert backward.counts == forward.counts
   # Every head has its own keys, and somebody sees each of their tiles.
   assert backward.outputs == PROBLEM.heads * PROBLEM.length // SIZE
 
 
 def test_sharded_contexts_visit_fewer_tiles():
   case = Case("v5e", "routed", "s2", SIZE, SIZE)
-  visits = bench.routed_visits(case, PROBLEM, 0.5)
-  dense = bench.routed_visits(
+  work = bench.routed_work(case, PROBLEM, 0.5)
+  dense = bench.routed_work(
     Case("v5e", "routed", "causal", SIZE, SIZE), PROBLEM, 0.5
   )
-  (forward,), near_and_far = visits["forward"], visits["backward"]
-  assert sum(forward.kinds) < sum(dense["forward"][0].kinds)
-  assert sum(forward.kinds) == sum(sum(each.kinds) for each in near_and_far)
+  (forward,), near_and_far = work["forward"], work["backward"]
+  assert forward.visits < dense["forward"][0].visits
+  assert forward.visits == sum(each.visits for each in near_and_far)
+  assert forward.steps == sum(each.steps for each in near_and_far)
 
 
 @pytest.mark.parametrize(

@@ -17,13 +17,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.head_attention.mosaic_tpu import specs
+from pallas_kernels.head_attention.mosaic_tpu.edges import Chunk
 from pallas_kernels.head_attention.mosaic_tpu.items import (
   FIRST,
   LAST,
   Call,
   read_step,
 )
-from pallas_kernels.head_attention.mosaic_tpu.masks import Chunk
+from pallas_kernels.head_attention.mosaic_tpu.masks import hide
 from pallas_kernels.head_attention.mosaic_tpu.plan import Layout
 from pallas_kernels.head_attention.mosaic_tpu.query_sums import (
   Position,
@@ -31,6 +32,7 @@ from pallas_kernels.head_attention.mosaic_tpu.query_sums import (
 )
 from pallas_kernels.head_attention.mosaic_tpu.tile import (
   LOG2_E,
+  Code,
   Logits,
   Overlap,
   Tile,
@@ -41,11 +43,11 @@ from pallas_kernels.head_attention.mosaic_tpu.tile import (
 
 
 def _products(
-  context: TileContext, tile: Tile, kind: int, chunk: Chunk
+  context: TileContext, tile: Tile, code: Code, chunk: Chunk
 ) -> tuple[Logits, jax.Array]:
   """Logits of a chunk, and the gradient of its weights, [keys, queries]."""
   d_out = context.rows(context.inputs.queries.d_out, chunk)
-  return context.logits(tile, kind, chunk), matmul(tile.v, d_out, (1, 1))
+  return context.logits(tile, code, chunk), matmul(tile.v, d_out, (1, 1))
 
 
 def _weigh(
@@ -59,9 +61,8 @@ def _weigh(
   ds = p * (dp - context.columns(queries.delta, chunk))
   if logits.slope is not None:
     ds = ds * logits.slope
-  if logits.mask is not None:
-    # The value of a hidden key may be so large that dp is infinite.
-    ds = jnp.where(logits.mask, ds, 0.0)
+  # The value of a hidden key may be so large that dp is infinite.
+  ds = hide(ds, logits.mask, 0.0)
   return p.astype(queries.q.dtype), ds.astype(queries.q.dtype)
 
 
@@ -102,9 +103,10 @@ def _kernel(
     # This order takes the fewest bundles where one chunk is all of the tile.
     dq_sums.add(at, pl.ds(chunk.start, chunk.size), matmul(tile.k, ds, (0, 0)))
     d_out = context.rows(inputs.queries.d_out, chunk)
-    dv_acc_ref[...] += matmul(p, d_out, (1, 0))
+    rows = pl.ds(chunk.first_key, chunk.keys)
+    dv_acc_ref[rows] += matmul(p, d_out, (1, 0))
     q = context.rows(inputs.queries.q, chunk)
-    dk_acc_ref[...] += matmul(ds, q, (1, 0))
+    dk_acc_ref[rows] += matmul(ds, q, (1, 0))
 
   visit_tile(
     context,

@@ -9,13 +9,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.head_attention.mosaic_tpu import specs
+from pallas_kernels.head_attention.mosaic_tpu.edges import Chunk
 from pallas_kernels.head_attention.mosaic_tpu.items import (
   FIRST,
   LAST,
   Call,
   read_step,
 )
-from pallas_kernels.head_attention.mosaic_tpu.masks import Chunk
 from pallas_kernels.head_attention.mosaic_tpu.plan import Layout
 from pallas_kernels.head_attention.mosaic_tpu.tile import (
   LOG2_E,

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from pallas_kernels.head_attention.mosaic_tpu.edges import Edge
 from pallas_kernels.head_attention.schedule import Visits
 
 # What an item's flags say.
@@ -49,10 +50,12 @@ class Tables(NamedTuple):
     kv_heads: KV head of the same.
     residues: Residue of the same; which table, if packed rows look it up.
     sequences: What to add to the grid's sequence for the keys' segment ids.
-    firsts: Position of a packed tile's first query; if its rows look up what
-      they see, the first row of words they look into; else not read.
-    lasts: The last row of words; else not read.
-    pointers: Where in `bits` an item's words start.
+    firsts: Position of the first query of both halves of every member's tile
+      of packed queries; if its rows look up what they see, the first row of
+      words they look into, one a tile; else not read.
+    lasts: The same of the last ones.
+    pointers: Where in `bits` an item's words start; of strided heads, which of
+      `Call.edges` an item is.
     bits: One word a key block of a tile; bit i is the i-th query block.
   """
 
@@ -125,6 +128,7 @@ class Call:
     rows: Size of the grid's row axis; 1 if the items name their rows.
     members: Query heads of a row.
     kinds: The combinations of FAR and EDGE that occur.
+    edges: How near edges lie, where that is static.
     count: How many items of the list there are, if that is known only when
       the program runs; None is all.
   """
@@ -133,6 +137,7 @@ class Call:
   rows: int
   members: int
   kinds: tuple[int, ...]
+  edges: tuple[Edge, ...] = ()
   count: Any = None
 
   @property
@@ -159,12 +164,27 @@ class Worklist(NamedTuple):
     rows: Row of every item; all 0 if every row has these items.
     outputs: Equal for neighbours that add to the same output tile.
     kept: Visible blocks of every visit, [items, q blocks, kv blocks], or None.
+    edges: How near edges lie, if that is static.
+    cases: Which of `edges` each visit is; 0 for those that are none.
   """
 
   visits: Visits
   rows: np.ndarray
   outputs: np.ndarray
   kept: np.ndarray | None = None
+  edges: tuple[Edge, ...] = ()
+  cases: np.ndarray | None = None
+
+  def take(self, items: np.ndarray) -> "Worklist":
+    """These items (indices, or a mask) only."""
+    return Worklist(
+      self.visits.take(items),
+      self.rows[items],
+      self.outputs[items],
+      None if self.kept is None else self.kept[items],
+      self.edges,
+      None if self.cases is None else self.cases[items],
+    )
 
 
 def make_calls(
@@ -192,6 +212,8 @@ def make_calls(
   words = np.full(count, 2)
   if work.kept is not None:
     words += 1 + np.where(visits.is_full, 0, work.kept.shape[2])
+  if work.edges:
+    words += 1
   return tuple(
     _pack(work, starts, part, rows, heads, kv_heads, residues)
     for part in _parts(starts, words)
@@ -232,6 +254,8 @@ def _pack(
   pointers = bits = np.zeros(1, np.int32)
   if work.kept is not None:
     pointers, bits = _pack_bits(work.kept[part], visits.is_full)
+  if work.cases is not None:
+    pointers = work.cases[part]
   tables = Tables(
     place=pack_place(work.rows[part], visits.q_tile),
     tiles=pack_tiles(near, far, flags),
@@ -252,6 +276,7 @@ def _pack(
     rows=rows,
     members=heads.shape[1],
     kinds=tuple(int(each) for each in np.unique(kind)),
+    edges=work.edges,
   )
 
 

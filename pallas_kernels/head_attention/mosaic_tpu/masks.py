@@ -4,6 +4,8 @@ Masks have keys down and queries across, as the logits. Whatever belongs to a
 block of keys is a scalar, spread over the block's rows.
 """
 
+import functools
+import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -12,6 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from pallas_kernels.head_attention.mosaic_tpu.edges import (
+  Chunk,
+  Edge,
+  Segment,
+)
 from pallas_kernels.head_attention.mosaic_tpu.items import (
   EDGE,
   FAR,
@@ -21,14 +28,35 @@ from pallas_kernels.head_attention.mosaic_tpu.lookup import seen_by_rows
 from pallas_kernels.head_attention.mosaic_tpu.plan import Layout
 from pallas_kernels.head_attention.schedule import StridedHeads
 
+# Last query of a key that stays visible.
 _ALWAYS = np.int32(2**31 - 1)
 
 
-class Chunk(NamedTuple):
-  """Some queries of a tile."""
+class MaskedRows(NamedTuple):
+  """Some keys of a chunk.
 
-  start: int
+  Attributes:
+    size: How many.
+    mask: Bool [keys, queries]; None if every query sees every key.
+  """
+
   size: int
+  mask: jax.Array | None
+
+
+Mask = list[MaskedRows]
+
+
+def hide(values: jax.Array, mask: Mask, hidden: float) -> jax.Array:
+  """[keys, queries] with `hidden` where the mask is False."""
+  parts, first = [], 0
+  for rows in mask:
+    part = values[first : first + rows.size]
+    first += rows.size
+    if rows.mask is not None:
+      part = jnp.where(rows.mask, part, hidden)
+    parts.append(part)
+  return jnp.concatenate(parts) if len(parts) > 1 else parts[0]
 
 
 def tile_mask(
@@ -37,11 +65,12 @@ def tile_mask(
   item: Any,
   step: Step,
   kind: int,
+  edge: Edge | None,
   chunk: Chunk,
   positions: jax.Array | None,
   words: tuple[jax.Array, ...] | None = None,
-) -> jax.Array | None:
-  """Bool [keys, queries]; None if every query sees every key.
+) -> Mask:
+  """Which keys of a chunk its queries see.
 
   Args:
     layout: Static sizes.
@@ -49,20 +78,41 @@ def tile_mask(
     item: The item.
     step: The same, read.
     kind: The static part of the flags: FAR and EDGE.
+    edge: How the tile lies, if that is static.
     chunk: Queries of the tile.
     positions: Of packed queries, int32 [1, queries].
     words: What such queries looked up, int32 [1, queries] each.
   """
+  if edge is not None:
+    segments = edge.segments(layout.tiling.block_kv, chunk)
+    return [
+      MaskedRows(segment.size, _segment(edge, segment, chunk))
+      for segment in segments
+    ]
   if not kind & EDGE:
-    return None
-  if kind & FAR:
-    return _far(layout, tables, step, chunk)
-  if isinstance(layout.run, StridedHeads):
-    return _window(layout, tables, step, chunk, positions)
-  if words is not None:
+    mask = None
+  elif kind & FAR:
+    mask = _far(layout, tables, step, chunk, positions)
+  elif isinstance(layout.run, StridedHeads):
+    mask = _window(layout, tables, step, chunk, positions)
+  elif words is not None:
     assert positions is not None
-    return seen_by_rows(layout, step, words, positions)
-  return _table(layout, tables, item, step, chunk)
+    mask = seen_by_rows(layout, step, words, positions)
+  else:
+    mask = _table(layout, tables, item, step, chunk)
+  return [MaskedRows(chunk.keys, mask)]
+
+
+def with_segments(mask: Mask, q_ids: jax.Array, kv_ids: jax.Array) -> Mask:
+  """Also hides other segments; ids [8, queries] and [keys, 128]."""
+  result, first = [], 0
+  for rows in mask:
+    same = same_segment(q_ids, kv_ids[first : first + rows.size])
+    first += rows.size
+    result.append(
+      MaskedRows(rows.size, same if rows.mask is None else rows.mask & same)
+    )
+  return result
 
 
 def same_segment(q_ids: jax.Array, kv_ids: jax.Array) -> jax.Array:
@@ -87,46 +137,108 @@ def _rows_of(
   )
 
 
-def _first_position(layout: Layout, tables: Any, step: Step) -> Any:
-  """Of the queries of a tile."""
-  if layout.packed:
-    return tables.firsts[step.member]
-  return layout.q_offset + step.q_tile * layout.tiling.block_q
-
-
-def _near_start(layout: Layout, tables: Any, step: Step) -> Any:
-  """First key of the near part of a query tile; see `schedule`."""
-  assert isinstance(layout.run, StridedHeads)
-  block, block_kv = layout.block, layout.tiling.block_kv
-  first = _first_position(layout, tables, step)
-  window = jnp.maximum(_whole(first, block) - layout.run.local + 1, 0) * block
-  return _whole(window, block_kv) * block_kv
-
-
 def _q_positions(
-  layout: Layout, step: Step, keys: int, chunk: Chunk
+  layout: Layout, step: Step, chunk: Chunk, positions: jax.Array | None
 ) -> jax.Array:
+  """Int32 [keys, queries]."""
+  shape = (chunk.keys, chunk.size)
+  if positions is not None:
+    return jnp.broadcast_to(positions, shape)
   first = layout.q_offset + step.q_tile * layout.tiling.block_q + chunk.start
-  return first + lax.broadcasted_iota(jnp.int32, (keys, chunk.size), 1)
+  return first + lax.broadcasted_iota(jnp.int32, shape, 1)
 
 
 def _k_positions(layout: Layout, step: Step, chunk: Chunk) -> jax.Array:
-  block_kv = layout.tiling.block_kv
-  rows = lax.broadcasted_iota(jnp.int32, (block_kv, chunk.size), 0)
-  return step.near_tile * block_kv + rows
+  rows = lax.broadcasted_iota(jnp.int32, (chunk.keys, chunk.size), 0)
+  return step.near_tile * layout.tiling.block_kv + chunk.first_key + rows
 
 
-def _far(layout: Layout, tables: Any, step: Step, chunk: Chunk) -> jax.Array:
-  """Keys of the shard before the near part: the same for all queries."""
+def _segment(edge: Edge, segment: Segment, chunk: Chunk) -> jax.Array | None:
+  """Of keys that lie as an edge says; None if every query sees every key."""
+  shape = (segment.size, chunk.size)
+  key = lax.broadcasted_iota(jnp.int32, shape, 0)
+  query = lax.broadcasted_iota(jnp.int32, shape, 1)
+  masks = []
+  if segment.causal:
+    masks.append(key - query <= chunk.start + edge.offset - segment.first)
+  if segment.window:
+    rows = min(edge.block, segment.size)
+    last = _rows_of(
+      lambda at: edge.last_query(segment.first + at * rows) - chunk.start,
+      segment.size // rows,
+      rows,
+      chunk.size,
+    )
+    masks.append(query <= last)
+  if segment.tail:
+    masks.append(key < edge.keys - segment.first)
+  return functools.reduce(operator.and_, masks) if masks else None
+
+
+def far_key_block(layout: Layout, tables: Any, step: Step, at: int) -> Any:
+  """Number among all blocks of the `at`-th block of a far tile."""
+  first = step.far_tile * layout.far_blocks * layout.stride
+  return first + tables.residues[step.member] + at * layout.stride
+
+
+def last_block(layout: Layout, tables: Any, step: Step) -> Any:
+  """Block of the last query of a tile."""
+  if layout.packed:
+    first, second = (tables.lasts[2 * step.member + half] for half in (0, 1))
+    last = jnp.maximum(first, second)
+  else:
+    block_q = layout.tiling.block_q
+    last = layout.q_offset + (step.q_tile + 1) * block_q - 1
+  return _whole(last, layout.block)
+
+
+def halves_seen(layout: Layout, tables: Any, step: Step) -> Any:
+  """`Halves.word` of packed queries and a contiguous tile."""
   assert isinstance(layout.run, StridedHeads)
-  block, blocks, stride = layout.block, layout.far_blocks, layout.stride
-  limit = jnp.minimum(_near_start(layout, tables, step), layout.kv_length)
-  start = step.far_tile * blocks * stride + tables.residues[step.member]
-  left = _rows_of(
-    lambda at: limit - (start + at * stride) * block, blocks, block, chunk.size
+  block, half = layout.block, layout.tiling.block_kv // 2
+  word = 0
+  for part in (0, 1):
+    first, last = (
+      each[2 * step.member + part] for each in (tables.firsts, tables.lasts)
+    )
+    window = (_whole(first, block) - layout.run.local + 1) * block
+    for at in (0, 1):
+      begin = (2 * step.near_tile + at) * half
+      seen = window < begin + half
+      if layout.run.sinks:
+        seen |= begin < layout.run.sinks * block
+      seen &= last >= begin
+      word += seen.astype(jnp.int32) << (2 * part + at)
+  return word
+
+
+def _far(
+  layout: Layout,
+  tables: Any,
+  step: Step,
+  chunk: Chunk,
+  positions: jax.Array | None,
+) -> jax.Array:
+  """Keys of the shard that the windows of the queries have left behind."""
+  assert isinstance(layout.run, StridedHeads)
+  block, local = layout.block, layout.run.local
+  blocks = chunk.keys // block
+
+  def rows_of(value: Callable[[Any], Any]) -> jax.Array:
+    return _rows_of(
+      lambda at: value(far_key_block(layout, tables, step, at)),
+      blocks,
+      block,
+      chunk.size,
+    )
+
+  seen = _q_positions(layout, step, chunk, positions) >= rows_of(
+    lambda number: (number + local) * block
   )
-  inside = lax.broadcasted_iota(jnp.int32, left.shape, 0) & (block - 1)
-  return inside < left
+  if layout.kv_length < layout.kv_padded:
+    inside = lax.broadcasted_iota(jnp.int32, seen.shape, 0) & (block - 1)
+    seen &= inside < rows_of(lambda number: layout.kv_length - number * block)
+  return seen
 
 
 def _window(
@@ -140,37 +252,33 @@ def _window(
   run = layout.run
   assert isinstance(run, StridedHeads)
   block_kv = layout.tiling.block_kv
-  rows = min(layout.block, block_kv)
-  first = _whole(step.near_tile * block_kv, layout.block)
-  if positions is None:
-    q_positions = _q_positions(layout, step, block_kv, chunk)
-  else:
-    q_positions = jnp.broadcast_to(positions, (block_kv, chunk.size))
+  rows = min(layout.block, chunk.keys)
+  first = _whole(step.near_tile * block_kv + chunk.first_key, layout.block)
+  q_positions = _q_positions(layout, step, chunk, positions)
   k_positions = _k_positions(layout, step, chunk)
   seen = k_positions <= q_positions
-  if run.stride != 1:
-    if run.stride:
-      # One division a tile: block `first + at` is remote where `phase` is
+  if layout.window is not None:
+    if run.sinks and run.stride:
+      # One division a tile: the head owns block `first + at` where `phase` is
       # minus `at`.
       residue = tables.residues[step.member]
       phase = lax.rem(first + run.stride - residue, run.stride)
-      remote: Any = _ALWAYS
-      if run.sinks:
-        # Tiles before the near part are there for their sinks: what the head
-        # owns of them is read with its shard.
-        is_near = step.near_tile * block_kv >= _near_start(layout, tables, step)
-        remote = jnp.where(is_near, _ALWAYS, np.int32(-1))
 
     def last_query(at: int) -> Any:
       last = (first + at + run.local) * layout.block - 1
-      if run.sinks:
-        last = jnp.where(first + at < run.sinks, _ALWAYS, last)
+      if not run.sinks:
+        return last
+      is_sink = first + at < run.sinks
       if run.stride:
-        last = jnp.where(phase == -at % run.stride, remote, last)
-      return last
+        # What the head owns is read with its shard.
+        is_sink &= phase != -at % run.stride
+      return jnp.where(is_sink, _ALWAYS, last)
 
     seen &= q_positions <= _rows_of(
-      last_query, block_kv // rows, rows, chunk.size
+      last_query,
+      chunk.keys // rows,
+      rows,
+      chunk.size,
     )
   if layout.kv_length % block_kv:
     seen &= k_positions < layout.kv_length
@@ -187,7 +295,7 @@ def _table(
     lambda at: tables.bits[pointer + at], block_kv // block, block, chunk.size
   )
   first = layout.q_offset + step.q_tile * layout.tiling.block_q
-  q_positions = _q_positions(layout, step, block_kv, chunk)
+  q_positions = _q_positions(layout, step, chunk, None)
   q_blocks = _whole(q_positions, block) - _whole(first, block)
   seen = (words & (jnp.int32(1) << q_blocks)) != 0
   k_positions = _k_positions(layout, step, chunk)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pallas_kernels.head_attention.contexts import Rule
+from pallas_kernels.head_attention.mosaic_tpu.edges import Edge
 from pallas_kernels.head_attention.mosaic_tpu.items import (
   Call,
   Worklist,
@@ -17,10 +18,12 @@ from pallas_kernels.head_attention.schedule import (
   TableHeads,
   Visits,
   far_blocks,
-  strided_visits,
   table_visits,
 )
 from pallas_kernels.head_attention.tiling import Tiling
+
+# More cases than these share one code, which masks every tile wholly.
+_MOST_EDGES = 16
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,6 +78,12 @@ class Layout:
     return -(-self.kv_length // self.tiling.block_kv)
 
   @property
+  def window(self) -> int | None:
+    """Blocks of the window; None if a strided head sees all of the past."""
+    assert isinstance(self.run, StridedHeads)
+    return None if self.run.stride == 1 else self.run.local
+
+  @property
   def stride(self) -> int:
     """Blocks from one of a far tile to the next."""
     return self.run.stride if isinstance(self.run, StridedHeads) else 1
@@ -104,32 +113,69 @@ class Plan(NamedTuple):
   covers_all: bool
 
 
-def _visits(layout: Layout) -> Visits:
-  """What every head of a strided run visits."""
-  assert isinstance(layout.run, StridedHeads)
-  visits = strided_visits(
-    layout.run,
-    block=layout.block,
-    tiling=layout.tiling,
-    q_length=layout.q_length,
-    kv_length=layout.kv_length,
-    q_offset=layout.q_offset,
+@functools.lru_cache(maxsize=256)
+def strided_worklist(layout: Layout) -> Worklist:
+  """What every head of a strided run visits, query tile by query tile.
+
+  Far tiles come first, then near ones, each in ascending order. Near tiles
+  hold the window, far ones what a query's window has left behind of the shard.
+  A far tile is full only if it is so for every residue.
+  """
+  run, block = layout.run, layout.block
+  assert isinstance(run, StridedHeads)
+  bq, bkv = layout.tiling.block_q, layout.tiling.block_kv
+  shards = layout.far_blocks * max(run.stride, 1)
+  items: list[tuple[int, int, bool, bool]] = []
+  cases: list[int] = []
+  edges: dict[Edge, int] = {}
+  for tile in range(-(-layout.q_length // bq)):
+    first = layout.q_offset + tile * bq
+    last = layout.q_offset + min((tile + 1) * bq, layout.q_length) - 1
+    past = last // block - run.local + 1
+    if layout.window is not None and run.stride:
+      held = min(max(past, 0), -(-layout.kv_length // block))
+      # Of the residue that has the most of them.
+      for far in range(-(-held // shards)):
+        end = (far + 1) * shards
+        full = end <= first // block - run.local + 1
+        full = full and end * block <= layout.kv_length
+        items.append((tile, far, True, full))
+        cases.append(0)
+    start = 0
+    if layout.window is not None:
+      start = max(first // block - run.local + 1, 0) * block // bkv
+    for near in range(start, min(last, layout.kv_length - 1) // bkv + 1):
+      begin = near * bkv
+      full = begin + bkv <= min(first + 1, layout.kv_length)
+      if layout.window is not None:
+        full = full and begin >= past * block
+      items.append((tile, near, False, full))
+      edge = Edge(
+        offset=first - begin,
+        phase=begin % block,
+        keys=min(bkv, layout.kv_length - begin),
+        block=block,
+        local=layout.window,
+      )
+      cases.append(0 if full else edges.setdefault(edge, len(edges)))
+  columns = np.asarray(items, np.int32).reshape(-1, 4).T
+  visits = Visits(
+    columns[0], columns[1], columns[2].astype(bool), columns[3].astype(bool)
   )
-  far_keys = layout.far_blocks * layout.block
-  if layout.stride == 1 and far_keys == layout.tiling.block_kv:
-    # The only shard is the keys themselves.
-    return visits._replace(is_far=np.zeros_like(visits.is_far))
-  return visits
+  work = Worklist(visits, np.zeros_like(visits.q_tile), visits.q_tile)
+  if len(edges) > _MOST_EDGES:
+    return work
+  return work._replace(edges=tuple(edges), cases=np.asarray(cases))
 
 
 @functools.lru_cache(maxsize=256)
 def has_far(layout: Layout) -> bool:
   """Whether keys are read through the shard view."""
-  if isinstance(layout.run, TableHeads):
+  if isinstance(layout.run, TableHeads) or layout.window is None:
     return False
   if layout.packed:
     return layout.run.stride > 0
-  return bool(_visits(layout).is_far.any())
+  return bool(strided_worklist(layout).visits.is_far.any())
 
 
 @functools.lru_cache(maxsize=256)
@@ -139,8 +185,7 @@ def forward_plan(layout: Layout) -> Plan:
   heads = np.arange(run.start, run.stop)[:, None]
   if isinstance(run, StridedHeads):
     residues = np.asarray(run.residues)[:, None]
-    visits = _visits(layout)
-    work = Worklist(visits, np.zeros_like(visits.q_tile), visits.q_tile)
+    work = strided_worklist(layout)
     shared = True
   else:
     residues = np.zeros_like(heads)
@@ -179,10 +224,15 @@ def key_plan(layout: Layout) -> KeyPlan:
   run = layout.run
   if isinstance(run, TableHeads):
     return KeyPlan(_table_key_plan(layout, run), Plan((), True))
-  visits = _visits(layout).by_key()
-  near = visits.take(~visits.is_far)
-  far = visits.take(visits.is_far)
-  covered = np.unique(near.kv_tile).size == layout.kv_tiles
+  work = strided_worklist(layout)
+  visits = work.visits
+  # Key tile by key tile; queries descend, so that none comes twice in three
+  # visits but for the last ones: there is time to store its sums.
+  order = np.lexsort((-visits.q_tile, visits.kv_tile, visits.is_far))
+  work = work.take(order)
+  near = work.take(~work.visits.is_far)
+  far = work.take(work.visits.is_far)._replace(edges=())
+  covered = np.unique(near.visits.kv_tile).size == layout.kv_tiles
   # Members of a row add to the same output tiles.
   groups: dict[int, list[int]] = {}
   shards: dict[tuple[int, int], list[int]] = {}
@@ -198,11 +248,11 @@ def key_plan(layout: Layout) -> KeyPlan:
 
 
 def _row_calls(
-  layout: Layout, visits: Visits, rows: list[list[int]]
+  layout: Layout, work: Worklist, rows: list[list[int]]
 ) -> tuple[Call, ...]:
   """Calls over rows that share their visits, rows of one size at a time."""
   assert isinstance(layout.run, StridedHeads)
-  work = Worklist(visits, np.zeros_like(visits.q_tile), visits.kv_tile)
+  work = work._replace(outputs=work.visits.kv_tile)
   residues = np.asarray(layout.run.residues)
   calls: list[Call] = []
   for members in sorted({len(row) for row in rows}):
@@ -235,11 +285,8 @@ def _table_key_plan(layout: Layout, run: TableHeads) -> Plan:
   kv_head = kv_heads[work.rows, 0] - layout.kv_start
   outputs = kv_head * layout.kv_tiles + visits.kv_tile
   order = np.lexsort((-visits.q_tile, work.rows, outputs))
-  assert work.kept is not None
   calls = make_calls(
-    Worklist(
-      visits.take(order), work.rows[order], outputs[order], work.kept[order]
-    ),
+    work._replace(outputs=outputs).take(order),
     rows=len(rules) if shared else 1,
     heads=heads.reshape(-1, members),
     kv_heads=kv_heads,

@@ -26,10 +26,12 @@ _MIB = 1 << 20
 # The least that a TPU has (v4), and what the compiler gives a kernel unasked.
 _SMALLEST_VMEM = 16 * _MIB
 
-# Tried in the order of their cost; a tile costs its area and a part that does
-# not depend on it, about 0.6 of the area of 512 x 512 (static schedules).
+# Tried in the order of their cost; a tile costs the logits that it computes and
+# a part that does not depend on them, about 0.35 of 512 x 512 logits; and about
+# so many keys more than its queries see (static schedules).
 _TILE_SIZES = (256, 512, 1024)
-_STEP_COST = 0.6 * 512 * 512
+_STEP_COST = 0.35 * 512 * 512
+_HIDDEN_KEYS = 128
 
 Run = StridedHeads | TableHeads
 
@@ -59,21 +61,40 @@ def vmem_limit(layout: Layout, operands: Operands) -> int:
 
 
 def overlap(layout: Layout, *, backward: bool) -> Overlap:
-  """How the kernels cut their query tiles on this TPU.
-
-  Chosen by the bundles that the compiler schedules for a full tile of 512 x
-  512 x 128 and of 1024 x 1024 x 128 in bfloat16. Forward, of 256 queries in
-  one product and in two: v5e 1397, 4299 and 1079, 4278; v6e, which gains by
-  scaling first, 931, 2990 and 804, 2583. Backward, of whole tiles and of 256
-  queries: v5e 2251, 8603 and 2451, 9307; v6e 1546, 4787 and 1314, 4759.
-  """
+  """How the kernels cut their query tiles on this TPU."""
   try:
-    newer = pltpu.get_tpu_info().generation >= 6
+    info = pltpu.get_tpu_info()
   except ValueError:
-    newer = False
+    return overlap_on(0, layout, backward=backward)
+  return overlap_on(
+    info.generation, layout, backward=backward, is_lite=info.is_lite
+  )
+
+
+def overlap_on(
+  generation: int, layout: Layout, *, backward: bool, is_lite: bool = False
+) -> Overlap:
+  """The same on TPUs of a generation; 0 if it is unknown.
+
+  Chosen by the bundles that the compiler schedules for a full tile, and for
+  both edges of a window of 512 keys, of 512 x 512 x 128 in bfloat16. Forward,
+  of 256 and of 128 queries: v4 1893, 1330, 1109 and 1586, 1180, 1058; v5p 1124,
+  911, 882 and 1262, 867, 779; v6e 804, 689, 593 and 929, 757, 640. The first
+  of v5e takes 1079, and 1051 of 128 queries if it multiplies twice ahead and
+  scales first, which pays in no larger tile. Backward, full tiles of all and of
+  256 queries: v5e 2251 and 2451, v4 2587 and 2496, v6e 1546 and 1314; edges of
+  256 and of 128 queries: v4 1993, 1672 and 1768, 1404, v6e 1103, 1013 and 1014,
+  917.
+  """
+  newer = generation >= 6
   if backward:
-    return Overlap(256 if newer else layout.tiling.block_q, ahead=1)
-  return Overlap(256, ahead=1, pieces=2, scales_first=newer)
+    cut = newer or generation == 4
+    return Overlap(256 if cut else layout.tiling.block_q, ahead=2)
+  if newer:
+    return Overlap(256, ahead=1, pieces=2, scales_first=True, edge_chunk=256)
+  if is_lite and layout.tiling.block_q <= 512:
+    return Overlap(128, ahead=2, pieces=2, scales_first=True)
+  return Overlap(128 if generation == 4 else 256, ahead=1, pieces=2)
 
 
 def refusal(settings: Settings, operands: Operands) -> str | None:
@@ -194,7 +215,7 @@ def _run_tiling(settings: Settings, operands: Operands, run: Run) -> Tiling:
 
 
 def _cost_per_query(block: int, run: Run, tiling: Tiling, S: int) -> float:
-  """Of a query tile in the middle of the sequence, in areas of tiles."""
+  """Of one in the middle of the sequence, in logits."""
   block_q, block_kv = tiling.block_q, tiling.block_kv
   if isinstance(run, TableHeads):
     # What is visited depends on the table: neither coarse nor many tiles.
@@ -206,10 +227,12 @@ def _cost_per_query(block: int, run: Run, tiling: Tiling, S: int) -> float:
     (start + block_q - 1) // block_kv - (start - window) // block_kv + 1
     for start in starts
   ) / len(starts)
-  far = 0.0
+  keys, far = float(window + _HIDDEN_KEYS), 0.0
   if run.stride:
-    far = S / 2 / run.stride / max(block_kv, block) + 0.5
-  return (near + far) * (block_q * block_kv + _STEP_COST) / block_q
+    held = S / 2 / run.stride
+    far = held / max(block_kv, block) + 0.5
+    keys += held + _HIDDEN_KEYS
+  return keys + (near + far) * _STEP_COST / block_q
 
 
 def _shrink(

@@ -5,6 +5,7 @@ the lanes, and their reductions run over the cheap axis.
 """
 
 import functools
+import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
@@ -14,15 +15,28 @@ import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 
+from pallas_kernels.head_attention.mosaic_tpu.edges import (
+  CORNERS,
+  EVERYTHING,
+  Chunk,
+  Edge,
+  Halves,
+  far_parts,
+)
 from pallas_kernels.head_attention.mosaic_tpu.items import EDGE, FAR, Call, Step
 from pallas_kernels.head_attention.mosaic_tpu.lookup import row_words
 from pallas_kernels.head_attention.mosaic_tpu.masks import (
-  Chunk,
-  same_segment,
+  Mask,
+  far_key_block,
+  halves_seen,
+  hide,
+  last_block,
   tile_mask,
+  with_segments,
 )
 from pallas_kernels.head_attention.mosaic_tpu.plan import Layout
 from pallas_kernels.head_attention.mosaic_tpu.specs import Inputs
+from pallas_kernels.head_attention.schedule import StridedHeads, TableHeads
 
 P = TypeVar("P")
 W = TypeVar("W")
@@ -30,6 +44,8 @@ W = TypeVar("W")
 LOG2_E = float(np.log2(np.e))
 # Rows of a register of bfloat16.
 _PACKED_SUBLANES = 16
+# Packed queries of a tile of which halves are left out.
+_LEAST_CUT = 256
 
 
 class Overlap(NamedTuple):
@@ -42,12 +58,14 @@ class Overlap(NamedTuple):
       maximum of one piece is taken while the next is multiplied.
     scales_first: Logits are scaled before their maximum is taken, not after;
       forward only.
+    edge_chunk: The same as `chunk` where a tile is seen in part.
   """
 
   chunk: int
   ahead: int
   pieces: int = 1
   scales_first: bool = False
+  edge_chunk: int = 128
 
 
 # Where the running maximum starts, finite: hidden logits are -inf and have no
@@ -82,12 +100,12 @@ class Logits(NamedTuple):
   Attributes:
     values: In units of `TileContext.unit`; hidden ones -inf.
     slope: What the soft cap multiplies gradients with, or None.
-    mask: None if all are visible.
+    mask: Which are visible.
   """
 
   values: jax.Array
   slope: jax.Array | None
-  mask: jax.Array | None
+  mask: Mask
 
 
 class Tile(NamedTuple):
@@ -100,6 +118,16 @@ class Tile(NamedTuple):
   v: jax.Array
   segment_ids: jax.Array | None
   words: tuple[jax.Array, ...] | None = None
+
+  def of(self, chunk: Chunk) -> "Tile":
+    """Those that a chunk is held against."""
+    keys = slice(chunk.first_key, chunk.first_key + chunk.keys)
+    ids = self.segment_ids
+    return self._replace(
+      k=self.k[keys],
+      v=self.v[keys],
+      segment_ids=None if ids is None else ids[keys],
+    )
 
 
 def load_tile(inputs: Inputs, kind: int) -> Tile:
@@ -115,8 +143,8 @@ def load_tile(inputs: Inputs, kind: int) -> Tile:
 
 
 def chunk_by_chunk(
-  block_q: int,
-  overlap: Overlap,
+  chunks: list[Chunk],
+  ahead: int,
   multiply: Callable[[Chunk], P],
   weigh: Callable[[Chunk, P], W],
   add: Callable[[Chunk, W], None],
@@ -126,19 +154,17 @@ def chunk_by_chunk(
   Multiplies chunks ahead and adds one behind: the compiler keeps the order of
   the matrix products, and these must not wait for the softmax.
   """
-  size = min(block_q, overlap.chunk)
-  parts = [Chunk(start, size) for start in range(0, block_q, size)]
-  products = [multiply(chunk) for chunk in parts[: overlap.ahead]]
+  products = [multiply(chunk) for chunk in chunks[:ahead]]
   behind: tuple[Chunk, W] | None = None
-  for at, chunk in enumerate(parts):
-    if at + overlap.ahead < len(parts):
-      products.append(multiply(parts[at + overlap.ahead]))
+  for at, chunk in enumerate(chunks):
+    if at + ahead < len(chunks):
+      products.append(multiply(chunks[at + ahead]))
     weights = weigh(chunk, products.pop(0))
     if behind is not None:
       add(*behind)
     behind = chunk, weights
-  assert behind is not None
-  add(*behind)
+  if behind is not None:
+    add(*behind)
 
 
 class TileContext(NamedTuple):
@@ -179,7 +205,7 @@ class TileContext(NamedTuple):
     return ref[:, chunk.start : chunk.start + chunk.size]
 
   def logits(
-    self, tile: Tile, kind: int, chunk: Chunk, pieces: int = 1
+    self, tile: Tile, code: "Code", chunk: Chunk, pieces: int = 1
   ) -> Logits:
     """Masked logits of a chunk, from so many products."""
     queries = self.inputs.queries
@@ -204,26 +230,105 @@ class TileContext(NamedTuple):
       self.tables,
       self.item,
       self.step,
-      kind,
+      code.kind,
+      code.edge,
       chunk,
       positions,
       words,
     )
     if tile.segment_ids is not None:
-      same = same_segment(
-        self.columns(queries.segment_ids, chunk), tile.segment_ids
+      mask = with_segments(
+        mask, self.columns(queries.segment_ids, chunk), tile.segment_ids
       )
-      mask = same if mask is None else mask & same
-    if mask is not None:
-      values = jnp.where(mask, values, -jnp.inf)
-    return Logits(values, slope, mask)
+    return Logits(hide(values, mask, -jnp.inf), slope, mask)
+
+
+class Code(NamedTuple):
+  """Tiles that share their code.
+
+  Attributes:
+    kind: FAR and EDGE.
+    case: Which of `Call.edges` the tile is, if that is static.
+    edge: The same.
+    blocks: Of an edge of the far part, the numbers of leading blocks that it
+      computes: more than the first and at most the second.
+    halves: What packed queries see of a near edge.
+  """
+
+  kind: int
+  case: int = 0
+  edge: Edge | None = None
+  blocks: tuple[int, int] | None = None
+  halves: Halves | None = None
+
+  def runs(self, layout: Layout, tables: Any, item: Any, step: Step) -> Any:
+    """Whether an item's tile is one; scalars, traced, or NumPy arrays."""
+    holds = (step.flags & (FAR | EDGE)) == self.kind
+    if self.edge is not None:
+      return holds & (tables.pointers[item] == self.case)
+    if self.halves is not None:
+      word = halves_seen(layout, tables, step)
+      if self.halves != EVERYTHING:
+        return holds & (word == self.halves.word)
+      others = (word != each.word for each in CORNERS)
+      return holds & functools.reduce(operator.and_, others, word != 0)
+    if self.blocks is None:
+      return holds
+    assert isinstance(layout.run, StridedHeads)
+    last = last_block(layout, tables, step) - layout.run.local
+    least, most = self.blocks
+    holds &= far_key_block(layout, tables, step, least) <= last
+    if most < layout.far_blocks:
+      holds &= far_key_block(layout, tables, step, most) > last
+    return holds
+
+  def chunks(self, layout: Layout, overlap: Overlap) -> list[Chunk]:
+    """How its tiles are cut, without what it leaves out."""
+    block_q, keys = layout.tiling.block_q, layout.tiling.block_kv
+    size = min(block_q, overlap.edge_chunk)
+    if self.edge is not None:
+      return self.edge.chunks(block_q, keys, size)
+    if not self.kind & EDGE or layout.packed:
+      size = min(block_q, overlap.chunk)
+    if self.halves is not None:
+      return self.halves.chunks(block_q, keys, size)
+    if self.kind & FAR:
+      blocks = self.blocks[1] if self.blocks else layout.far_blocks
+      keys = blocks * layout.block
+    return [Chunk(start, size, 0, keys) for start in range(0, block_q, size)]
+
+
+def _cuts_halves(layout: Layout) -> bool:
+  """Whether near edges leave out what halves of the rows do not see."""
+  if not layout.packed or isinstance(layout.run, TableHeads):
+    return False
+  return layout.tiling.block_q >= _LEAST_CUT
+
+
+def codes(layout: Layout, call: Call) -> list[Code]:
+  """All of a call, in order."""
+  found = []
+  for kind in call.kinds:
+    if kind == EDGE and call.edges:
+      found += [Code(kind, at, edge) for at, edge in enumerate(call.edges)]
+    elif kind == EDGE and _cuts_halves(layout):
+      found += [Code(kind, halves=each) for each in (*CORNERS, EVERYTHING)]
+    elif kind == FAR | EDGE:
+      ends = far_parts(layout.far_blocks, layout.block)
+      found += [
+        Code(kind, blocks=blocks)
+        for blocks in zip((0, *ends[:-1]), ends, strict=True)
+      ]
+    else:
+      found.append(Code(kind))
+  return found
 
 
 def visit_tile(
   context: TileContext,
   call: Call,
   overlap: Overlap,
-  multiply: Callable[[Tile, int, Chunk], P],
+  multiply: Callable[[Tile, Code, Chunk], P],
   weigh: Callable[[Chunk, P], W],
   add: Callable[[Tile, Chunk, W], None],
 ) -> None:
@@ -233,25 +338,29 @@ def visit_tile(
     context: Of the step.
     call: What runs.
     overlap: How the query tile is cut.
-    multiply, weigh, add: The work on a chunk, in this order; see
-      `chunk_by_chunk`.
+    multiply, weigh, add: The work on a chunk, in this order, with the keys that
+      it is held against; see `chunk_by_chunk`.
   """
+  layout = context.layout
 
-  def run(kind: int) -> None:
-    tile = load_tile(context.inputs, kind)
+  def run(code: Code) -> None:
+    tile = load_tile(context.inputs, code.kind)
     queries = context.inputs.queries
-    if queries.words is not None and kind & EDGE:
-      words = row_words(context.layout, context.tables, context.step, queries)
+    if queries.words is not None and code.kind & EDGE:
+      words = row_words(layout, context.tables, context.step, queries)
       tile = tile._replace(words=words)
     chunk_by_chunk(
-      context.layout.tiling.block_q,
-      overlap,
-      functools.partial(multiply, tile, kind),
+      code.chunks(layout, overlap),
+      overlap.ahead,
+      lambda chunk: multiply(tile.of(chunk), code, chunk),
       weigh,
-      functools.partial(add, tile),
+      lambda chunk, weights: add(tile.of(chunk), chunk, weights),
     )
 
-  for kind in call.kinds:
-    pl.when((context.step.flags & (FAR | EDGE)) == kind)(
-      functools.partial(run, kind)
-    )
+  # All conditions first: after a tile's code the tables are read again.
+  conditions = [
+    (code, code.runs(layout, context.tables, context.item, context.step))
+    for code in codes(layout, call)
+  ]
+  for code, holds in conditions:
+    pl.when(holds)(functools.partial(run, code))

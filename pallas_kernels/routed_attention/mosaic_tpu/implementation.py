@@ -220,8 +220,9 @@ def _strided_run(
   packing = operands.packing
   kv_length = operands.k.shape[1]
   positions = seen_up_to(settings, operands)
-  limits = positions.reshape(-1, packing.block_rows)
-  first = jnp.where(limits == UNUSED, kv_length, limits).min(axis=1)
+  limits = positions.reshape(-1, 2, packing.block_rows // 2)
+  first = jnp.where(limits == UNUSED, kv_length, limits).min(axis=2)
+  last = limits.max(axis=2)
   residues = [
     getattr(rule, "residue", 0) for rule in settings.rules(packing.num_heads)
   ]
@@ -234,12 +235,13 @@ def _strided_run(
   visits = block_visits(
     run,
     residue,
-    first,
-    limits.max(axis=1),
+    first.min(axis=1),
+    last.max(axis=1),
     block=settings.block,
     block_kv=settings.tiling.block_kv,
     far_tokens=layout.far_blocks * settings.block,
     kv_length=kv_length,
+    by_query=True,
   )
   inside = _inside(run, packing)
   blocks = _blocks(
@@ -247,7 +249,7 @@ def _strided_run(
     run,
     residue=residue,
     first=first,
-    last=jnp.zeros((1,), jnp.int32),
+    last=last,
     visits=BlockVisits(*(jnp.where(inside, each, 0) for each in visits)),
   )
   return Run(layout, blocks, specs.on_sublanes(positions[None]))

@@ -50,13 +50,13 @@ class TileVisits(NamedTuple):
 
 
 class Blocks(NamedTuple):
-  """Blocks of packed rows; int32 [blocks].
+  """Blocks of packed rows; int32 [blocks] but for positions.
 
   Attributes:
     kv_head: KV head of all sequences: sequence * K + KV head.
     sequence: Which one.
     residue: Of the head; the number of its rule, if rows look up what they see.
-    first, last: As in `Tables`.
+    first, last: As in `Tables`: [blocks, 2] of both halves, or [blocks].
     visits: Key tiles; none for blocks of other heads.
     segments: Pairs of a head and a sequence (static).
   """
@@ -64,8 +64,8 @@ class Blocks(NamedTuple):
   kv_head: Int[Array, " blocks"]
   sequence: Int[Array, " blocks"]
   residue: Int[Array, " blocks"]
-  first: Int[Array, " blocks"]
-  last: Int[Array, " blocks"]
+  first: Int[Array, "blocks *halves"]
+  last: Int[Array, "blocks *halves"]
   visits: BlockVisits | TileVisits
   segments: int
 
@@ -163,17 +163,10 @@ def for_calls(
       work.output_start[jnp.minimum(stop, work.place.shape[0] - 1)],
       work.length,
     )
-    tables = Tables(
-      place=lax.dynamic_slice_in_dim(place, begin, size),
-      tiles=lax.dynamic_slice_in_dim(tiles, begin, size),
-      heads=np.zeros(blocks.number, np.int32),
-      kv_heads=blocks.kv_head,
-      residues=blocks.residue,
-      sequences=blocks.sequence,
-      firsts=blocks.first,
-      lasts=blocks.last,
-      pointers=np.zeros(1, np.int32),
-      bits=np.zeros(1, np.int32),
+    tables = tables_of(
+      blocks,
+      lax.dynamic_slice_in_dim(place, begin, size),
+      lax.dynamic_slice_in_dim(tiles, begin, size),
     )
     part = Call(tables, rows=1, members=1, kinds=work.kinds, count=end - begin)
     return end, step(part, carry)
@@ -189,6 +182,24 @@ def _near_tile(
   """A block's contiguous tile of that number: the sinks' come first."""
   sinks = visits.sinks[block]
   return jnp.where(number < sinks, number, number - sinks + visits.near[block])
+
+
+def tables_of(
+  blocks: Blocks, place: Int[Array, " items"], tiles: Int[Array, " items"]
+) -> Tables:
+  """What a kernel reads of these items."""
+  return Tables(
+    place=place,
+    tiles=tiles,
+    heads=np.zeros(blocks.number, np.int32),
+    kv_heads=blocks.kv_head,
+    residues=blocks.residue,
+    sequences=blocks.sequence,
+    firsts=blocks.first.reshape(-1),
+    lasts=blocks.last.reshape(-1),
+    pointers=np.zeros(1, np.int32),
+    bits=np.zeros(1, np.int32),
+  )
 
 
 def _most_near(layout: Layout, blocks: Blocks) -> int:

@@ -277,3 +277,18 @@ def test_only_a_mask_is_refused_whatever_the_pattern():
     masked = operands._replace(mask=jnp.ones((1, 1, 16, 16), bool))
     reason = implementation.refusal(settings, masked)
     assert reason is not None and reason.startswith("`mask` ")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sinks", [0, 5])
+def test_halves_of_a_tile_that_see_nothing_are_left_out(sinks):
+  # Tiles large enough to be halved, and heads with many and with few queries.
+  arrays = draw(3, B=1, T=420, S=420, N=2, K=1)
+  active = picks(3, arrays["q"].shape[:3], 0.35)
+  active = active.at[:, :, 0].set(True)
+  heads = s2_cases.strided(2, block=16, stride=4, local=3, reach=27)
+  if sinks:
+    heads = s2_cases.with_sinks(heads, sinks)
+  tiling = Tiling(block_q=256, block_kv=64, block_edge=64)
+  got = run(heads, arrays, active, {}, tiling)
+  check(got, expected(arrays, active, heads.blocks, heads.pattern, {}))
