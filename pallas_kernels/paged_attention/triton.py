@@ -16,12 +16,14 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.head_attention.triton.problem import (
   LOG2_E,
-  LOWEST,
+  Softmax,
+  add_to_softmax,
   call,
   divide,
   dot,
   load_rows,
   padded,
+  softmax_of_nothing,
   store_rows,
 )
 from pallas_kernels.paged_attention.merge import merge
@@ -133,8 +135,7 @@ def _kernel(
   last = jnp.minimum(length, first + problem.tokens)
   last = jnp.where(used, last, first)
 
-  def visit(index: jax.Array, carry: Any) -> Any:
-    acc, m, l = carry
+  def visit(index: jax.Array, softmax: Softmax) -> Softmax:
     tokens = first + index * problem.tile + lax.iota(jnp.int32, problem.tile)
     there = tokens < last
     page = divide(tokens, problem.page_size)
@@ -148,22 +149,13 @@ def _kernel(
     logits = dot(q, k, trans_b=True) * (problem.scale * LOG2_E)
     visible = (tokens[None] < seen[:, None]) & there[None]
     logits = jnp.where(visible, logits, -jnp.inf)
-    top = jnp.maximum(m, jnp.max(logits, axis=1))
-    weights = jnp.exp2(logits - top[:, None])
-    shrink = jnp.exp2(m - top)
-    l = l * shrink + jnp.sum(weights, axis=1)
-    acc = acc * shrink[:, None] + dot(weights.astype(v.dtype), v)
-    return acc, top, l
+    return add_to_softmax(softmax, logits, v)
 
   acc, m, l = lax.fori_loop(
     0,
     divide(last - first + (problem.tile - 1), problem.tile),
     visit,
-    (
-      jnp.zeros((queries.size, padded(problem.H)), jnp.float32),
-      jnp.full((queries.size,), LOWEST, jnp.float32),
-      jnp.zeros((queries.size,), jnp.float32),
-    ),
+    softmax_of_nothing(queries.size, padded(problem.H)),
   )
   store_rows(values_ref, (step, queries[:, None]), problem.H, acc, exist=exist)
   for ref, numbers in ((peak_ref, m / LOG2_E), (total_ref, l)):

@@ -42,6 +42,20 @@ class Operands(NamedTuple):
   kv_segment_ids: Int[Array, "B S"] | None
 
 
+def of_heads(operands: Operands) -> head_operands.Operands:
+  """Shapes and dtypes of head attention whose heads have all rows each."""
+  rows, size = operands.q.shape
+  shape = (operands.k.shape[0], rows, operands.packing.num_heads, size)
+  return head_operands.Operands(
+    q=jax.ShapeDtypeStruct(shape, operands.q.dtype),  # type: ignore[arg-type]
+    k=operands.k,
+    v=operands.v,
+    q_segment_ids=operands.q_segment_ids,
+    kv_segment_ids=operands.kv_segment_ids,
+    q_offset=operands.q_offset,
+  )
+
+
 @dataclasses.dataclass(frozen=True)
 class Settings:
   """The static part; hashable.

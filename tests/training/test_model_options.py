@@ -51,9 +51,7 @@ def test_dense_layers_see_everything_and_the_others_share_a_pattern():
     (None, None, [(None, None)] * 2),
     ("dense", "xla", [("dense", "xla")] * 2),
     ("dispatch", "reference", [("dispatch", "reference")] * 2),
-    # Routed attention has no such kernel.
-    ("dispatch", "triton", [("dispatch", None)] * 2),
-    ("dense", "triton", [("dense", "triton"), ("dense", None)]),
+    ("dispatch", "triton", [("dispatch", "triton")] * 2),
   ],
 )
 def test_execution_and_implementation_reach_the_layers(

@@ -203,6 +203,31 @@ def logits_of(
   return tanh * (problem.cap * LOG2_E), 1 - tanh * tanh
 
 
+# Weighted sum of the values, greatest logit, sum of the weights; base 2.
+Softmax = tuple[jax.Array, jax.Array, jax.Array]
+
+
+def softmax_of_nothing(queries: int, columns: int) -> Softmax:
+  """Where `add_to_softmax` begins."""
+  return (
+    jnp.zeros((queries, columns), jnp.float32),
+    jnp.full((queries,), LOWEST, jnp.float32),
+    jnp.zeros((queries,), jnp.float32),
+  )
+
+
+def add_to_softmax(
+  softmax: Softmax, logits: jax.Array, v: jax.Array
+) -> Softmax:
+  """With a tile more: logits in base 2 [queries, keys], values [keys, Hv]."""
+  acc, m, l = softmax
+  top = jnp.maximum(m, jnp.max(logits, axis=1))
+  weights = jnp.exp2(logits - top[:, None])
+  shrink = jnp.exp2(m - top)
+  l = l * shrink + jnp.sum(weights, axis=1)
+  return acc * shrink[:, None] + dot(weights.astype(v.dtype), v), top, l
+
+
 def call(
   kernel: Callable[..., None],
   problem: Problem,

@@ -11,12 +11,14 @@ from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.head_attention.triton.problem import (
   LOG2_E,
-  LOWEST,
   Problem,
+  Softmax,
+  add_to_softmax,
   dot,
   load_rows,
   logits_of,
   read_offset,
+  softmax_of_nothing,
   store_rows,
 )
 from pallas_kernels.head_attention.triton.walks import Walk
@@ -162,29 +164,17 @@ def forward_kernel(
   refs = iter(all_refs)
   tile = _Tile(problem, locate, refs, run_refs)
   out_ref, lse_ref = refs
-  bq = problem.tiling.block_q
 
   def visit(
-    k: jax.Array, v: jax.Array, mask: jax.Array | None, carry: Any
-  ) -> Any:
-    acc, m, l = carry
+    k: jax.Array, v: jax.Array, mask: jax.Array | None, softmax: Softmax
+  ) -> Softmax:
     logits, _ = logits_of(problem, dot(tile.q, k, trans_b=True))
     if mask is not None:
       logits = jnp.where(mask, logits, -jnp.inf)
-    top = jnp.maximum(m, jnp.max(logits, axis=1))
-    weights = jnp.exp2(logits - top[:, None])
-    shrink = jnp.exp2(m - top)
-    l = l * shrink + jnp.sum(weights, axis=1)
-    acc = acc * shrink[:, None] + dot(weights.astype(v.dtype), v)
-    return acc, top, l
+    return add_to_softmax(softmax, logits, v)
 
   acc, m, l = tile.visit_all(
-    visit,
-    (
-      jnp.zeros((bq, problem.v_columns), jnp.float32),
-      jnp.full((bq,), LOWEST, jnp.float32),
-      jnp.zeros((bq,), jnp.float32),
-    ),
+    visit, softmax_of_nothing(problem.tiling.block_q, problem.v_columns)
   )
   at = tile.at
   # Tiles that all queries see whole know nothing of rows without one.

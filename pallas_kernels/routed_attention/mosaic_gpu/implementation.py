@@ -50,6 +50,7 @@ from pallas_kernels.routed_attention.mosaic_gpu.tiles import (
 from pallas_kernels.routed_attention.operands import (
   Operands,
   Settings,
+  of_heads,
   seen_up_to,
 )
 
@@ -62,7 +63,7 @@ def refusal(settings: Settings, operands: Operands) -> str | None:
   Looks at shapes, dtypes and static settings only.
   """
   return forward_refusal(
-    _head_settings(settings, operands), _head_operands(operands)
+    _head_settings(settings, operands), of_heads(operands)
   ) or triton.refusal(settings, operands)
 
 
@@ -91,7 +92,7 @@ def make_problem(settings: Settings, operands: Operands) -> Problem:
   """What head attention's program needs to know."""
   head_settings = _head_settings(settings, operands)
   assert head_settings.tiling is not None
-  return describe(head_settings, _head_operands(operands), head_settings.tiling)
+  return describe(head_settings, of_heads(operands), head_settings.tiling)
 
 
 def _forward_kind(
@@ -194,18 +195,3 @@ def _head_settings(
     )
   heads = operands.packing.num_heads
   return dataclasses.replace(settings.of_heads(heads), tiling=tiling)
-
-
-def _head_operands(operands: Operands) -> head_operands.Operands:
-  """The shapes and dtypes of as many rows in every head."""
-  batch = operands.k.shape[0]
-  rows, size = operands.q.shape
-  shape = batch, rows, operands.packing.num_heads, size
-  return head_operands.Operands(
-    q=jax.ShapeDtypeStruct(shape, operands.q.dtype),  # type: ignore[arg-type]
-    k=operands.k,
-    v=operands.v,
-    q_segment_ids=operands.q_segment_ids,
-    kv_segment_ids=operands.kv_segment_ids,
-    q_offset=operands.q_offset,
-  )

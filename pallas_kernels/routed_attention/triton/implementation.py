@@ -39,6 +39,7 @@ from pallas_kernels.head_attention.triton.walks import Shards
 from pallas_kernels.routed_attention.operands import (
   Operands,
   Settings,
+  of_heads,
   seen_up_to,
 )
 from pallas_kernels.routed_attention.triton.packed import (
@@ -72,7 +73,7 @@ def refusal(settings: Settings, operands: Operands) -> str | None:
       f"{packing.block_rows}."
     )
   return settings.refusal_of_tables(packing.num_heads) or head_triton.refusal(
-    _head_settings(settings, packing.num_heads), _head_operands(operands)
+    _head_settings(settings, packing.num_heads), of_heads(operands)
   )
 
 
@@ -238,7 +239,7 @@ def _launches(settings: Settings, operands: Operands) -> launches.Launches:
 def _problem(settings: Settings, operands: Operands, launch: Launch) -> Problem:
   heads = operands.packing.num_heads
   return describe(
-    _head_settings(settings, heads), _head_operands(operands), launch.tiling
+    _head_settings(settings, heads), of_heads(operands), launch.tiling
   )
 
 
@@ -258,17 +259,3 @@ def _head_settings(
 ) -> head_operands.Settings:
   """What head attention would be asked for, with tiles of its own choice."""
   return dataclasses.replace(settings.of_heads(num_heads), tiling=None)
-
-
-def _head_operands(operands: Operands) -> head_operands.Operands:
-  """The shapes and dtypes of heads that have all rows."""
-  rows, size = operands.q.shape
-  shape = (operands.k.shape[0], rows, operands.packing.num_heads, size)
-  return head_operands.Operands(
-    q=jax.ShapeDtypeStruct(shape, operands.q.dtype),  # type: ignore[arg-type]
-    k=operands.k,
-    v=operands.v,
-    q_segment_ids=operands.q_segment_ids,
-    kv_segment_ids=operands.kv_segment_ids,
-    q_offset=operands.q_offset,
-  )

@@ -177,8 +177,8 @@ def cases(draw_from, name):
 @pytest.mark.parametrize(
   ("name", "examples"),
   [
-    pytest.param("reference", 6),
-    pytest.param("xla", 12),
+    pytest.param("reference", 4),
+    pytest.param("xla", 8),
     pytest.param("mosaic_tpu", 10, marks=pytest.mark.exhaustive),
     pytest.param("triton", 10, marks=pytest.mark.exhaustive),
   ],

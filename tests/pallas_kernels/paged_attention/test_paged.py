@@ -96,7 +96,7 @@ def run(implementation, arrays, table, interpret=True, **options):
   queries=st.sampled_from([1, 3, 8]),
   partly=st.booleans(),
 )
-@hypothesis.settings(max_examples=12)
+@hypothesis.settings(max_examples=6)
 def test_equals_softmax_over_the_row(
   implementation, lengths, seed, queries, partly
 ):
@@ -143,7 +143,7 @@ def test_bfloat16(implementation):
   lengths=st.lists(st.integers(0, 60), min_size=1, max_size=6),
   pages=st.sampled_from([1, 2, 3]),
 )
-@hypothesis.settings(max_examples=8)
+@hypothesis.settings(max_examples=5)
 def test_steps_cover_every_token_once(lengths, pages):
   page = 4
   _, table, _ = draw(0, lengths, page=page)

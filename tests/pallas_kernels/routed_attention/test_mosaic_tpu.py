@@ -81,12 +81,12 @@ def small(seed):
 )
 @hypothesis.given(
   seed=st.integers(0, 1000),
-  density=st.sampled_from([0.0, 0.4, 1.0]),
+  density=st.sampled_from([0.4, 1.0, 0.0]),
   tiling=st.sampled_from(TILINGS),
   offset=st.sampled_from([0, 13]),
   has_segments=st.booleans(),
 )
-@hypothesis.settings(max_examples=3)
+@hypothesis.settings(max_examples=2)
 def test_equals_masked_dense_attention(
   heads, seed, density, tiling, offset, has_segments
 ):
