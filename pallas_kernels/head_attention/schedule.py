@@ -137,14 +137,14 @@ class Visits(NamedTuple):
     """These items (indices, or a mask) only."""
     return Visits(*(array[items] for array in self))
 
-  def by_key(self) -> "Visits":
-    """The same visits, near ones first, key tile by key tile, queries descend.
+  def key_order(self) -> np.ndarray:
+    """Indices: near ones first, key tile by key tile, queries descend.
 
     With causal keys and windows, no query tile then comes twice in three
     visits but for the last ones: a kernel that sums over key tiles has time to
     store and to fetch.
     """
-    return self.take(np.lexsort((-self.q_tile, self.kv_tile, self.is_far)))
+    return np.lexsort((-self.q_tile, self.kv_tile, self.is_far))
 
 
 def far_blocks(heads: StridedHeads, block: int, tiling: Tiling, S: int) -> int:

@@ -89,8 +89,8 @@ def paged_attention(
     )
   if 0 in (q.size, k_pages.size, table.pages.size):  # Nothing is seen.
     return jnp.zeros_like(q)
-  if seen is None:
-    seen = jnp.broadcast_to(table.lengths[:, None], q.shape[:2])
+  lengths = jnp.broadcast_to(table.lengths[:, None], q.shape[:2])
+  seen = lengths if seen is None else jnp.minimum(seen, lengths)
   settings = Settings(
     scale=q.shape[-1] ** -0.5 if scale is None else float(scale),
     interpret=platform.interpret(),

@@ -37,7 +37,7 @@ def refusal(settings: Settings, operands: Operands) -> str | None:
   """
   del settings
   queries, page_size = operands.q.shape[1], operands.page_size
-  if operands.q.shape[1] > _MOST_QUERIES:
+  if queries > _MOST_QUERIES:
     return f"`q` may have at most {_MOST_QUERIES} queries a row, got {queries}."
   multiple = _SUBLANES.get(operands.k_pages.dtype.itemsize, 8)
   if page_size % multiple:
@@ -73,7 +73,6 @@ def attention(settings: Settings, operands: Operands) -> Float[Array, "R Q H"]:
   page_size = operands.page_size
   tokens = max(1, _TOKENS // page_size) * page_size
   steps = make_steps(table, tokens, page_size)
-  seen = jnp.minimum(seen, table.lengths[:, None])
   tables = _Tables(
     row=jnp.minimum(steps.row, rows - 1),
     first=steps.first,

@@ -15,7 +15,8 @@ class Operands(NamedTuple):
   k_pages: Float[Array, "P page H"]
   v_pages: Float[Array, "P page H"]
   table: PageTable
-  seen: Int[Array, "R Q"]  # How many tokens of its row each query sees.
+  # How many tokens of its row each query sees; no more than there are.
+  seen: Int[Array, "R Q"]
 
   @property
   def page_size(self) -> int:

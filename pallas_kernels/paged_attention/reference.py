@@ -17,7 +17,6 @@ def attention(settings: Settings, operands: Operands) -> Float[Array, "R Q H"]:
     x.at[pages].get(mode="clip").reshape(rows, entries * page_size, size)
     for x in (k_pages, v_pages)
   )
-  seen = jnp.minimum(seen, table.lengths[:, None])
   visible = jnp.arange(entries * page_size) < seen[..., None]  # [R, Q, tokens]
   # What no row holds may be anything.
   held = visible.any(axis=1)[..., None]

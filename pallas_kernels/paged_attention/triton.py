@@ -87,7 +87,7 @@ def attention(settings: Settings, operands: Operands) -> Float[Array, "R Q H"]:
       table.starts.astype(jnp.int32),
       table.lengths.astype(jnp.int32),
       jnp.clip(table.pages, 0, k_pages.shape[0] - 1).astype(jnp.int32),
-      jnp.minimum(seen, table.lengths[:, None]).astype(jnp.int32),
+      seen.astype(jnp.int32),
       q.astype(dtype)[:, :, None],
       k_pages[:, :, None],
       v_pages[:, :, None],

@@ -29,7 +29,6 @@ def attention(settings: Settings, operands: Operands) -> Float[Array, "R Q H"]:
   padding = -steps.row.shape[0] % turn
   row = jnp.pad(steps.row, (0, padding), constant_values=rows)
   first = jnp.pad(steps.first, (0, padding))
-  seen = jnp.minimum(seen, table.lengths[:, None])
 
   def attend(index: Array, parts: Parts) -> Parts:
     at = index * turn

@@ -225,11 +225,7 @@ def key_plan(layout: Layout) -> KeyPlan:
   if isinstance(run, TableHeads):
     return KeyPlan(_table_key_plan(layout, run), Plan((), True))
   work = strided_worklist(layout)
-  visits = work.visits
-  # Key tile by key tile; queries descend, so that none comes twice in three
-  # visits but for the last ones: there is time to store its sums.
-  order = np.lexsort((-visits.q_tile, visits.kv_tile, visits.is_far))
-  work = work.take(order)
+  work = work.take(work.visits.key_order())
   near = work.take(~work.visits.is_far)
   far = work.take(work.visits.is_far)._replace(edges=())
   covered = np.unique(near.visits.kv_tile).size == layout.kv_tiles

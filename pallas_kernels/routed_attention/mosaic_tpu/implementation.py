@@ -388,14 +388,8 @@ def _head_settings(
     for rule in settings.rules(num_heads)
   ]
   rules = [dataclasses.replace(rule, sinks=0) for rule in rules]
-  return head_operands.Settings(
-    pattern=HeadContexts(settings.block, tuple(rules)),
-    scale=settings.scale,
-    logits_soft_cap=None,
-    q_offset=0,
-    tiling=settings.tiling,
-    interpret=settings.interpret,
-  )
+  pattern = HeadContexts(settings.block, tuple(rules))
+  return dataclasses.replace(settings.of_heads(num_heads), pattern=pattern)
 
 
 def _head_operands(operands: Operands) -> head_operands.Operands:
