@@ -11,10 +11,11 @@ import io
 import os
 import pathlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, Literal
 
 from jaxheads.errors import UserError, one_line_errors
+from jaxheads.serve.text import TextStream
 
 # Control characters that a model may write and that would steer the terminal,
 # as their visible pictures: all but tab and newline, and those beyond ASCII.
@@ -44,59 +45,17 @@ class Options:
   """Same seed, same text."""
 
 
-class TextStream:
-  """Turns a stream of tokens into text that never has to be taken back.
-
-  A character may be spread over several tokens: what could still change is
-  held back until it is settled. Joined, the pieces are the tokenizer's text of
-  all tokens.
-
-  Args:
-    decode: Text of token ids, with U+FFFD for bytes that are not UTF-8.
-  """
-
-  def __init__(self, decode: Callable[[list[int]], str]) -> None:
-    self._decode = decode
-    self._tokens: list[int] = []
-    self._shown = 0  # Characters.
-
-  def push(self, token: int) -> str:
-    """The text that is settled now that `token` has come."""
-    self._tokens.append(token)
-    text = self._decode(self._tokens)
-    # The beginning of a character reads as one U+FFFD at the end.
-    settled = len(text) - text.endswith("\ufffd")
-    return self._take(text, settled)
-
-  def flush(self) -> str:
-    """What was held back, when no token follows."""
-    text = self._decode(self._tokens)
-    return self._take(text, len(text))
-
-  def _take(self, text: str, settled: int) -> str:
-    piece = text[self._shown : settled]
-    self._shown = max(self._shown, settled)
-    return piece
-
-
 def find_run(options: Options) -> pathlib.Path:
   """The folder to load; `UserError` if there is none."""
-  from jaxheads.training.checkpoint import saved_steps
+  from jaxheads.training import newest_run
 
-  if options.run is not None:
-    return options.run
-  # Folder names end in the time of their start.
-  found = [
-    path.parent
-    for path in options.runs.glob("*/config.json")
-    if saved_steps(path.parent / "checkpoints")
-  ]
-  if not found:
+  run = options.run or newest_run(options.runs)
+  if run is None:
     raise UserError(
       f"`--runs` {str(options.runs)!r} holds no run with a checkpoint; train "
       "one with `python experiments/train_moh.py`, or name one with `--run`"
     )
-  return max(found, key=lambda path: path.name.partition("-")[2])
+  return run
 
 
 def continuation(options: Options, model: Any, tokenizer: Any) -> Iterator[int]:

@@ -7,6 +7,7 @@ trained model back.
 """
 
 from .checkpoint import Checkpointer as Checkpointer
+from .checkpoint import newest_run as newest_run
 from .checkpoint import restore_model as restore_model
 from .command_line import Request as Request
 from .command_line import parse as parse

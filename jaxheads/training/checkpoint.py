@@ -181,6 +181,17 @@ def saved_steps(directory: pathlib.Path) -> list[int]:
   )
 
 
+def newest_run(runs: pathlib.Path) -> pathlib.Path | None:
+  """The run in the folder `runs` that began last, of those with a checkpoint."""
+  found = [
+    path.parent
+    for path in runs.glob("*/config.json")
+    if saved_steps(RunFolder(path.parent).checkpoints)
+  ]
+  # Folder names end in the time of their start.
+  return max(found, key=lambda path: path.name.partition("-")[2], default=None)
+
+
 def best_step(directory: pathlib.Path) -> int | None:
   """The saved step of lowest validation loss, if any was validated."""
   ranked = [

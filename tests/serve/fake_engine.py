@@ -1,0 +1,203 @@
+"""An engine without a model: deterministic, quick, and bad when told to be.
+
+As a program it serves: python -m tests.serve.fake_engine --help
+"""
+
+import argparse
+import collections
+import dataclasses
+import random
+import sys
+import time
+
+from jaxheads.serve.request import Event, QueueFull, Request
+
+VOCAB = 257
+EOT = 256
+# A text as a byte-level model might write it: also characters of several bytes.
+_TEXT = "the cat sat on the mat; né, 😀 x = [1, 2]\n".encode()
+
+
+@dataclasses.dataclass(frozen=True)
+class Stats:
+  waiting: int = 0
+  running: int = 0
+  pages_total: int = 100
+  pages_used: int = 0
+  pages_cached: int = 0
+  preemptions: int = 0
+  tokens_generated: int = 0
+  compilations: int = 2
+
+
+def answer(request: Request) -> list[Event]:
+  """All events of a request: what an engine gives offline."""
+  params = request.params
+  draw = random.Random(f"{request.prompt} {params.seed}")
+  start = 0 if params.temperature == 0 else draw.randrange(len(_TEXT))
+  events: list[Event] = []
+  for index in range(params.max_tokens):
+    token = _TEXT[(start + index) % len(_TEXT)]
+    if params.temperature > 0 and draw.random() < 0.01:
+      token = EOT
+    stopped = token in params.stop_tokens
+    finish = "stop" if stopped else None
+    if not stopped and index == params.max_tokens - 1:
+      finish = "length"
+    told = params.logprobs
+    events.append(
+      Event(
+        request_id=request.id,
+        token=token,
+        logprob=None if told is None else -0.5 - index % 4,
+        top_logprobs=tuple(
+          ((token + offset) % VOCAB, -0.5 - offset) for offset in range(told or 0)
+        ),
+        finish=finish,
+      )
+    )
+    if finish:
+      break
+  return events
+
+
+class FakeEngine:
+  """Continues prompts with a fixed text that begins where the seed says.
+
+  Args:
+    context: Tokens of prompt and answer together.
+    batch: Requests that run at once.
+    queue: Requests that may wait.
+    turn_s: What a turn takes.
+    fail_at: The turn that raises.
+    hang_at: The turn that never ends.
+  """
+
+  def __init__(
+    self,
+    *,
+    context: int = 256,
+    batch: int = 8,
+    queue: int = 1000,
+    turn_s: float = 0.0,
+    fail_at: int | None = None,
+    hang_at: int | None = None,
+  ) -> None:
+    self.context = context
+    self.batch = batch
+    self.queue = queue
+    self.turn_s = turn_s
+    self.fail_at = fail_at
+    self.hang_at = hang_at
+    self.turns = 0
+    self.cancelled: list[str] = []
+    self.submitted: list[Request] = []
+    self._generated = 0
+    self._waiting: collections.deque[Request] = collections.deque()
+    self._running: dict[str, tuple[Request, collections.deque[Event]]] = {}
+
+  def submit(self, request: Request) -> None:
+    if request.budget is not None and not 0 < request.budget <= 1:
+      raise ValueError(f"`budget` must be in (0, 1], got {request.budget}.")
+    if len(request.prompt) + request.params.max_tokens > self.context:
+      raise ValueError("`prompt` is too long.")
+    if len(self._waiting) >= self.queue:
+      raise QueueFull
+    self.submitted.append(request)
+    self._waiting.append(request)
+
+  def cancel(self, request_id: str) -> None:
+    self.cancelled.append(request_id)
+    self._running.pop(request_id, None)
+    self._waiting = collections.deque(
+      request for request in self._waiting if request.id != request_id
+    )
+
+  def step(self) -> list[Event]:
+    self.turns += 1
+    if self.turns == self.fail_at:
+      raise RuntimeError("out of smoke")
+    while self.turns == self.hang_at:
+      time.sleep(1)
+    time.sleep(self.turn_s)
+    while self._waiting and len(self._running) < self.batch:
+      request = self._waiting.popleft()
+      events = collections.deque(answer(request))
+      self._running[request.id] = (request, events)
+    told = [events.popleft() for _, events in self._running.values()]
+    for event in told:
+      if event.finish:
+        del self._running[event.request_id]
+    self._generated += len(told)
+    return told
+
+  def has_work(self) -> bool:
+    return bool(self._waiting or self._running)
+
+  def stats(self) -> Stats:
+    return Stats(
+      waiting=len(self._waiting),
+      running=len(self._running),
+      pages_used=10 * len(self._running),
+      tokens_generated=self._generated,
+    )
+
+  def snapshot(self) -> list[dict]:
+    """Two of four heads are full, the others keep what the budget leaves."""
+    told = []
+    for request, events in self._running.values():
+      prompt = len(request.prompt)
+      generated = len(answer(request)) - len(events)
+      budget = 0.5 if request.budget is None else request.budget
+      kept = max(1, round(prompt * max(0.0, 2 * budget - 1)))
+      full = budget >= 1
+      layers = [
+        [
+          {
+            "tokens": (prompt if full or head < 2 - layer % 2 else kept)
+            + generated,
+            "full": full or head < 2 - layer % 2,
+            "pages": 0.25,
+          }
+          for head in range(4)
+        ]
+        for layer in range(3)
+      ]
+      told.append(
+        {
+          "id": request.id,
+          "prompt_tokens": prompt,
+          "generated_tokens": generated,
+          "budget": budget,
+          "kept_fraction": budget,
+          "layers": layers,
+        }
+      )
+    return told
+
+
+def main() -> None:
+  from jaxheads.data import ByteTokenizer
+  from jaxheads.serve.http import Served, serve
+
+  parser = argparse.ArgumentParser()
+  parser.add_argument("--turn-s", type=float, default=0.0)
+  parser.add_argument("--grace-s", type=float, default=30.0)
+  parser.add_argument("--hang-at", type=int)
+  parser.add_argument("--port", type=int, default=0)
+  options = parser.parse_args()
+  engine = FakeEngine(turn_s=options.turn_s, hang_at=options.hang_at)
+  served = Served(name="fake", tokenizer=ByteTokenizer(), context=256)
+  status = serve(
+    engine,
+    served,
+    host="127.0.0.1",
+    port=options.port,
+    grace_s=options.grace_s,
+    say=lambda line: print(line, flush=True),
+  )
+  sys.exit(status)
+
+
+if __name__ == "__main__":
+  main()
