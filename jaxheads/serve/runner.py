@@ -316,7 +316,7 @@ class Runner:
         told.append((owner, event))
         if event.finish is not None:
           del self._owners[event.request_id]
-    if told:
+    if told and not self._loop.is_closed():
       self._loop.call_soon_threadsafe(_deliver, stamp, told)
 
 

@@ -25,21 +25,31 @@ class TextStream:
     # The newest tokens, beginning with a whole character.
     self._tokens: list[int] = []
     self._shown = 0  # Characters of them.
-    self._whole = 0  # So many of them end with a whole character.
+    self._whole = 0  # So many of them ended with a whole character.
+    self._context = 0  # Likewise: the part that is dropped next.
 
   def push(self, token: int) -> str:
     """The text that is settled now that `token` has come."""
     self._tokens.append(token)
     text = self._decode(self._tokens)
     # The beginning of a character reads as U+FFFD at the end: one, or one for
-    # each byte, as the decoder likes.
+    # each byte, or even one for each byte of the characters before it.
     broken = len(text) - len(text.rstrip("\ufffd"))
-    piece = self._take(text, len(text) - min(broken, _MOST_UNSETTLED))
-    if not broken and len(self._tokens) >= self._whole + _CONTEXT:
-      del self._tokens[: self._whole]
+    if not broken:
+      piece = self._take(text, len(text))
       self._whole = len(self._tokens)
+      self._forget()
+      return piece
+    if len(self._tokens) <= self._whole + _MOST_UNSETTLED:
+      return ""
+    return self._take(text, len(text) - min(broken, _MOST_UNSETTLED))
+
+  def _forget(self) -> None:
+    """Drops tokens that the next ones do not need."""
+    if self._whole >= self._context + _CONTEXT:
+      del self._tokens[: self._context]
+      self._context = self._whole = len(self._tokens)
       self._shown = len(self._decode(self._tokens))
-    return piece
 
   def flush(self) -> str:
     """What was held back, when no token follows."""

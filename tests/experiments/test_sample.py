@@ -6,7 +6,6 @@ import pathlib
 import sys
 
 import jax
-import numpy as np
 import pytest
 from flax import nnx
 
@@ -155,22 +154,6 @@ def test_ctrl_c_ends_the_line_and_exits_with_130(
   assert out == "pa\n"
   assert err.splitlines()[-1] == "interrupted"
   assert "Traceback" not in err
-
-
-def test_stream_never_takes_text_back(script):
-  rng = np.random.default_rng(0)
-  tokenizer = ByteTokenizer()
-  valid = tokenizer.encode("aé€😀\ufffd\n").tolist()
-  broken = rng.integers(0, 257, 200).tolist()
-  cut = tokenizer.encode("😀").tolist()[:3]
-  for tokens in (valid, broken, [0xE2, 0x82, *valid], valid + cut):
-    stream = script.TextStream(tokenizer.decode)
-    pieces = [stream.push(token) for token in tokens]
-    assert "".join([*pieces, stream.flush()]) == tokenizer.decode(tokens)
-  # Nothing is shown of half a character, and all of it as soon as it is whole.
-  stream = script.TextStream(tokenizer.decode)
-  pieces = [stream.push(token) for token in tokenizer.encode("€x").tolist()]
-  assert pieces == ["", "", "€", "x"]
 
 
 def test_control_characters_do_not_reach_a_terminal(script, monkeypatch):

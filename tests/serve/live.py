@@ -5,7 +5,7 @@ import contextlib
 import http.client
 import json
 import threading
-import urllib.parse
+import time
 
 import openai
 import uvicorn
@@ -59,7 +59,7 @@ class Live:
     for line in text.splitlines():
       if line.startswith(f"{name} "):
         return float(line.split()[-1])
-    raise KeyError(name)
+    return None
 
   def in_loop(self, coroutine, timeout=30):
     """What `coroutine` returns in the server's own event loop."""
@@ -111,6 +111,9 @@ def live(engine, *, limits=Limits(), context=256, name="fake"):
     assert not thread.is_alive()
 
 
-def host_and_port(url):
-  parts = urllib.parse.urlsplit(url)
-  return parts.hostname, parts.port
+def wait_until(condition, seconds=10):
+  """Returns when `condition()` holds; fails if it does not in time."""
+  end = time.monotonic() + seconds
+  while not condition():
+    assert time.monotonic() < end
+    time.sleep(0.01)

@@ -416,7 +416,8 @@ async def _events(
     outcome = _outcome(error)
     yield _event(error.body)
   finally:
-    count(outcome)
+    late = asyncio.get_running_loop().time() >= deadline
+    count("timeout" if outcome == "cancelled" and late else outcome)
 
 
 async def _whole(generation: Generation, answers: int) -> dict[int, Piece]:

@@ -48,6 +48,8 @@ class ApiError(Exception):
 
   def response(self) -> JSONResponse:
     headers = {}
+    if self.status in (408, 413):
+      headers["connection"] = "close"  # Not to read what is still to come.
     if self.retry_s is not None:
       headers["retry-after"] = str(self.retry_s)
     return JSONResponse(self.body, self.status, headers)
