@@ -1,17 +1,18 @@
 """The policy of a model: the user's, except where heads have contexts."""
 
 import dataclasses
+from typing import Any
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Array, Bool, Int
 
-from jaxheads.kvcache.policy import CacheShape, Plan, Policy
+from jaxheads.kvcache.policy import CacheShape, LayerWindow, Plan, Policy
 from jaxheads.kvcache.shard_only import ShardOnly
 from jaxheads.s2 import Pattern
 
 
 @dataclasses.dataclass(frozen=True)
-class LayerPolicies:
+class LayerPolicies(Policy):
   """Layers with contexts keep what their heads can still see, others obey.
 
   Attributes:
@@ -24,45 +25,52 @@ class LayerPolicies:
 
   @property
   def window(self) -> int:
-    """See `Policy`."""
     return self.policy.window
 
   @property
   def knows_lengths(self) -> bool:
-    """See `Policy`."""
-    return self.policy.knows_lengths or None not in self.contexts
-
-  def of(self, context: Pattern | None) -> Policy:
-    """The policy of a layer with this context."""
-    return self.policy if context is None else ShardOnly(context)
+    return self.policy.knows_lengths
 
   def plan(self, length: int, budget: float, shape: CacheShape) -> Plan:
-    """See `Policy`."""
     plan = self.policy.plan(length, budget, shape)
-    lengths, rings = plan.lengths.copy(), plan.rings.copy()
-    for layer, context in enumerate(self.contexts):
-      if context is not None:
-        own = self.of(context).plan(length, budget, _one_layer(shape))
-        lengths[layer], rings[layer] = own.lengths[0], own.rings[0]
-    return Plan(lengths, rings, plan.layers)
+    sharded = self._sharded
+    if sharded is None:
+      return plan
+    own = sharded.plan(length, budget, shape)
+    assert own.heads is not None
+    theirs = np.arange(shape.num_kv_heads) if plan.heads is None else plan.heads
+    has_context = self._has_context
+    return Plan(
+      np.where(has_context, own.lengths, plan.lengths),
+      np.where(has_context, own.rings, plan.rings),
+      plan.layers,
+      np.where(has_context, own.heads, theirs).astype(np.int32),
+    )
+
+  def keep_in(
+    self, context: Pattern | None, window: LayerWindow, layer: dict[str, Any]
+  ) -> Bool[Array, "K S"]:
+    """`keep` of a layer with this context."""
+    if context is None:
+      return self.policy.keep(window, layer)
+    alone = ShardOnly(patterns=(context,))
+    return alone.keep(window, {"pattern": 0})
 
   def drops(
     self, position: int, page_size: int, shape: CacheShape
   ) -> Int[np.ndarray, "R K"] | None:
-    """See `Policy`."""
-    dropped = [
-      None
-      if context is None
-      else self.of(context).drops(position, page_size, _one_layer(shape))
-      for context in self.contexts
-    ]
-    if all(layer is None for layer in dropped):
+    sharded = self._sharded
+    if sharded is None:
+      return self.policy.drops(position, page_size, shape)
+    dropped = sharded.drops(position, page_size, shape)
+    return np.where(self._has_context, dropped, -1).astype(np.int32)
+
+  @property
+  def _sharded(self) -> ShardOnly | None:
+    if not any(self.contexts):
       return None
-    nothing = np.full((1, shape.num_kv_heads), -1, np.int32)
-    return np.concatenate(
-      [nothing if layer is None else layer for layer in dropped]
-    )
+    return ShardOnly(patterns=self.contexts)
 
-
-def _one_layer(shape: CacheShape) -> CacheShape:
-  return shape._replace(num_layers=1)
+  @property
+  def _has_context(self) -> Bool[np.ndarray, "R 1"]:
+    return np.asarray([[context is not None] for context in self.contexts])

@@ -97,8 +97,7 @@ def read_prompt(
     out = attention.attend(h, k[None], v[None], q_offset=prompt.start)
     kept = None
     if policy is not None:
-      mine = policy.of(attention.pattern)
-      at = prompt.count - mine.window + jnp.arange(mine.window)
+      at = prompt.count - policy.window + jnp.arange(policy.window)
       h = h.at[:, at].get(mode="clip")
       window = LayerWindow(
         q=attention.project_q(h, (prompt.start + at)[None])[0],
@@ -108,7 +107,7 @@ def read_prompt(
         w_o=attention.out.kernel[...],
         layer=index,
       )
-      keep = mine.keep(window, plan)
+      keep = policy.keep_in(attention.pattern, window, plan)
       rows = compact(keep, k, v)
       kept = Kept(keep, rows.lengths, rows.head_of_slot)
       if row_pages is not None:
