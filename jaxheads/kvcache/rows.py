@@ -100,20 +100,20 @@ def check_drops(
     )
 
 
-def drop_pages(
-  table: Int[np.ndarray, "... M"], drops: Int[np.ndarray, "..."]
-) -> Int[np.ndarray, "... M"]:
+def drop_pages(table: Any, drops: Any, xp: Any = np) -> Any:
   """Page tables without page `drops` of each row; later pages move down.
 
   Args:
-    table: Pages of each row, 0 after its last.
+    table: Pages of each row, 0 after its last; [..., M].
     drops: Index of the page that goes, or -1 for none.
+    xp: `numpy`, or `jax.numpy` for JAX arrays.
   """
-  after = np.zeros_like(table)
-  after[..., :-1] = table[..., 1:]
-  at = np.arange(table.shape[-1])
+  after = xp.concatenate(
+    [table[..., 1:], xp.zeros_like(table[..., :1])], axis=-1
+  )
+  at = xp.arange(table.shape[-1])
   goes = drops[..., None]
-  return np.where((goes >= 0) & (at >= goes), after, table)
+  return xp.where((goes >= 0) & (at >= goes), after, table)
 
 
 def most_pages(

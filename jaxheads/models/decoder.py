@@ -275,7 +275,6 @@ class DecoderLM(nnx.Module):
     """
     self._check(tokens, None, None, None)
 
-
     def layer(block: DecoderBlock, x: Array, _: None) -> tuple[Array, Array]:
       return block(x), block.active_heads(x)
 

@@ -269,7 +269,7 @@ class Scheduler:
       first=length,
       count=answer - 1,  # Nobody reads the last token's keys.
       page_size=self.page_size,
-      drops=lambda at: self._drops_at(at) if exact else None,
+      drops=lambda at: self._drops_at(at, plan) if exact else None,
     )
     if not self._uses_prompt_pages:
       return rows
@@ -279,8 +279,14 @@ class Scheduler:
   def _row_pages(self, lengths: Int[np.ndarray, "R K"]) -> int:
     return int(num_pages(lengths, self.page_size).sum())
 
-  def _drops_at(self, position: int) -> Int[np.ndarray, "R K"] | None:
-    return self._policy.drops(position, self.page_size, self.shape)
+  def _drops_at(
+    self, position: int, plan: Plan
+  ) -> Int[np.ndarray, "R K"] | None:
+    """`Policy.drops`, by row slot."""
+    by_head = self._policy.drops(position, self.page_size, self.shape)
+    if by_head is None or plan.heads is None:
+      return by_head
+    return np.take_along_axis(by_head, plan.heads, axis=-1)
 
   @property
   def _available(self) -> int:
@@ -382,7 +388,7 @@ class Scheduler:
         or sequence.position % self.page_size
       ):
         continue
-      gone = self._drops_at(sequence.position)
+      gone = self._drops_at(sequence.position, sequence.plan)
       if gone is None:
         continue
       slot = sequence.slot

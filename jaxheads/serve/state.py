@@ -101,7 +101,7 @@ class Rows:
     Returns:
       The rows with the token, and where in its row it stands.
     """
-    pages = drop_pages(self.pages, drop)
+    pages = drop_pages(self.pages, drop, jnp)
     step = row_step(
       self.lengths,
       self.rings,
