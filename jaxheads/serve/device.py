@@ -10,13 +10,12 @@ from flax import nnx
 from jaxtyping import Array, Int
 
 from jaxheads.kvcache.pages import Pages
-from jaxheads.kvcache.policy import CacheShape
+from jaxheads.kvcache.policy import CacheShape, Policy
 from jaxheads.kvcache.rows import num_pages as pages_for
 from jaxheads.models.decoder import DecoderLM
 from jaxheads.serve import programs
 from jaxheads.serve.buckets import bucket, buckets, power_of_two
 from jaxheads.serve.layers import Kept, Prompt
-from jaxheads.serve.policies import LayerPolicies
 from jaxheads.serve.programs import Placement, Sampled, State, Step
 from jaxheads.serve.state import Rows
 from jaxheads.serve.turn import Compact, Decode, Prefill, Turn
@@ -52,7 +51,7 @@ class Device:
   def __init__(
     self,
     model: DecoderLM,
-    policy: LayerPolicies,
+    policy: Policy,
     *,
     num_pages: int,
     page_size: int,

@@ -8,11 +8,11 @@ import jax
 import numpy as np
 from jaxtyping import Int
 
+from jaxheads.kvcache.by_context import ByContext
 from jaxheads.kvcache.full import Full
 from jaxheads.kvcache.policy import CacheShape, Policy
 from jaxheads.models.decoder import DecoderLM
 from jaxheads.serve.device import Device, Outputs
-from jaxheads.serve.policies import LayerPolicies
 from jaxheads.serve.request import Event, FinishReason, Request
 from jaxheads.serve.scheduler import Scheduler
 from jaxheads.serve.turn import Turn
@@ -144,9 +144,9 @@ class Engine:
     if num_pages is None:
       rows = shape.num_layers * shape.num_kv_heads * config.max_batch
       num_pages = 1 + rows * -(-max_length // page_size)
-    policies = LayerPolicies(
-      Full() if policy is None else policy, sizes.contexts
-    )
+    policy = Full() if policy is None else policy
+    if blocks:
+      policy = ByContext(policy=policy, contexts=sizes.contexts)
     self._scheduler = Scheduler(
       shape=shape,
       page_size=page_size,
@@ -154,14 +154,14 @@ class Engine:
       max_batch=config.max_batch,
       max_length=max_length,
       max_waiting=config.max_waiting,
-      policy=policies,
+      policy=policy,
       budget=budget,
       chunk=config.chunk,
       prefix_sharing=config.prefix_sharing,
     )
     self._device = Device(
       model,
-      policies,
+      policy,
       num_pages=num_pages,
       page_size=page_size,
       max_batch=config.max_batch,
@@ -169,6 +169,7 @@ class Engine:
       chunk=config.chunk,
       dtype=config.dtype,
     )
+    self._budget = budget
     self._vocab_size = sizes.vocab_size
     self._live: dict[str, _Live] = {}
     self._flight: _Flight | None = None
@@ -277,7 +278,7 @@ class Engine:
           "id": sequence.id,
           "prompt_tokens": len(live.request.prompt),
           "generated_tokens": live.generated,
-          "budget": self._scheduler.budget if budget is None else budget,
+          "budget": self._budget if budget is None else budget,
           "kept_fraction": float(tokens.sum() / tokens.size / sequence.tokens),
           "kept_page_fraction": float(pages.sum() / pages.size / whole),
           "tokens": tokens.tolist(),
@@ -337,7 +338,8 @@ class Engine:
     if finish is not None:
       self._scheduler.stop(name)
       del self._live[name]
-    logprob, top = None, ()
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
     if params.logprobs is not None:
       logprob = float(sampled.logprobs[index])
       most = params.logprobs

@@ -8,10 +8,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxheads.kvcache.compact import compact
 from jaxheads.kvcache.pages import Pages
-from jaxheads.kvcache.policy import LayerWindow
+from jaxheads.kvcache.policy import LayerWindow, Policy
 from jaxheads.kvcache.rows import RowStep, num_pages
 from jaxheads.models.decoder import DecoderBlock, DecoderLM
-from jaxheads.serve.policies import LayerPolicies
 from jaxheads.serve.state import Rows
 from pallas_kernels.paged_attention import PageTable, paged_attention
 
@@ -66,7 +65,7 @@ def read_prompt(
   pages: Pages,
   prompt: Prompt,
   *,
-  policy: LayerPolicies | None,
+  policy: Policy | None,
   layers: dict[str, Array] | None,
   row_pages: Int[Array, "R K m"] | None,
 ) -> Reading:
@@ -107,7 +106,7 @@ def read_prompt(
         w_o=attention.out.kernel[...],
         layer=index,
       )
-      keep = policy.keep_in(attention.pattern, window, plan)
+      keep = policy.keep(window, plan)
       rows = compact(keep, k, v)
       kept = Kept(keep, rows.lengths, rows.head_of_slot)
       if row_pages is not None:

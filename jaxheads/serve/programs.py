@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxheads.kvcache.pages import Pages
+from jaxheads.kvcache.policy import Policy
 from jaxheads.models.decoder import DecoderLM
 from jaxheads.serve.layers import (
   Kept,
@@ -14,7 +15,6 @@ from jaxheads.serve.layers import (
   decode,
   read_prompt,
 )
-from jaxheads.serve.policies import LayerPolicies
 from jaxheads.serve.state import Rows
 
 
@@ -84,7 +84,7 @@ def finish_prompt(
   layers: dict[str, Array],
   placement: Placement | None,
   *,
-  policy: LayerPolicies,
+  policy: Policy,
 ) -> tuple[State, Sampled, Kept]:
   """Reads a prompt, or its last chunk, and draws the first token.
 
