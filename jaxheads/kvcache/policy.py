@@ -27,11 +27,14 @@ class Plan(NamedTuple):
       generated tokens overwrite, oldest first, the last so many of the row.
     layers: What `Policy.keep` needs besides, int32 or float32, each with a
       leading axis of layers.
+    heads: The KV head of each row slot, for policies whose `drops` give pages
+      up; otherwise the prompt decides, and `None` stands here.
   """
 
   lengths: Int[np.ndarray, "R K"]
   rings: Int[np.ndarray, "R K"]
   layers: dict[str, np.ndarray]
+  heads: Int[np.ndarray, "R K"] | None = None
 
   def kept_fraction(self, length: int) -> float:
     """Tokens kept over those of the full cache: the effective budget."""
@@ -60,15 +63,21 @@ class LayerWindow(NamedTuple):
 
 
 class Policy(Protocol):
-  """Which cached tokens each head keeps; a hashable value."""
+  """Which cached tokens each head keeps; a hashable value.
+
+  To add one, write `plan` and `keep`; the rest has the answers of a policy that
+  looks at the last query only, knows its lengths and gives nothing up later.
+  """
 
   @property
   def window(self) -> int:
     """L: how many of the prompt's last queries `keep` looks at; at least 1."""
+    return 1
 
   @property
   def knows_lengths(self) -> bool:
     """Whether `plan` gives exact lengths; if not, upper bounds."""
+    return True
 
   def plan(self, length: int, budget: float, shape: CacheShape) -> Plan:
     """The host's part, in integers; nothing is compiled for it.
@@ -78,7 +87,8 @@ class Policy(Protocol):
       budget: Fraction of the full cache to keep, in (0, 1].
       shape: Layers and KV heads.
     Raises:
-      ValueError: `length` or `budget` is out of range.
+      ValueError: `length` or `budget` is out of range, or the policy is for
+        other layers or heads.
     """
 
   def keep(
@@ -95,9 +105,13 @@ class Policy(Protocol):
   ) -> Int[np.ndarray, "R K"] | None:
     """Pages that rows give up before the token at `position` is written.
 
-    Asked when `position` is a multiple of `page_size`.
+    Asked when `position` is a multiple of `page_size`, the first position
+    after the prompt included.
 
     Returns:
-      For each row slot the index, among its pages, of the one that goes, or
-      -1; `None` if no row ever gives one up.
+      For each KV head (see `Plan.heads` for its row slot) the index, among the
+      pages of its row, of the one that goes, or -1; `None` if no row ever
+      gives one up.
     """
+    del position, page_size, shape
+    return None

@@ -7,6 +7,7 @@ to compile depends on the number of different ones and not on the depth.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -238,7 +239,7 @@ class DecoderLM(nnx.Module):
           decode=decode,
         )
     with jax.named_scope("unembed"):
-      return self._logits(self.norm(x))
+      return self.logits(x)
 
   def init_cache(self, batch_size: int, max_len: int) -> None:
     """Empties the cache, with room for `max_len` tokens a sequence.
@@ -274,21 +275,43 @@ class DecoderLM(nnx.Module):
     """
     self._check(tokens, None, None, None)
 
-    def layer(
-      x: Array, state: nnx.State, graphdef: nnx.GraphDef[DecoderBlock]
-    ) -> tuple[Array, Array]:
-      block = nnx.merge(graphdef, state)
+    def layer(block: DecoderBlock, x: Array, _: None) -> tuple[Array, Array]:
       return block(x), block.active_heads(x)
 
-    x = self.embedding(tokens)
-    activity = []
-    for stack in self.stacks:
+    return self.scan_layers(layer, self.embedding(tokens), None)[1]
+
+  def scan_layers(
+    self,
+    layer: Callable[[DecoderBlock, Any, Any], tuple[Any, Any]],
+    carry: Any,
+    inputs: Any,
+  ) -> tuple[Any, Any]:
+    """Runs something in every layer, compiled once for layers that are alike.
+
+    Args:
+      layer: From a block, the carry and the layer's inputs to the next carry
+        and the layer's outputs.
+      carry: Arrays that go from layer to layer.
+      inputs: Arrays with a leading axis of layers.
+    Returns:
+      The last carry, and outputs with a leading axis of layers.
+    """
+    outputs = []
+    first = 0
+    for stack, run in zip(self.stacks, self.config.runs, strict=True):
       graphdef, state = nnx.split(stack)
-      x, active = jax.lax.scan(
-        functools.partial(layer, graphdef=graphdef), x, state
-      )
-      activity.append(active)
-    return jnp.concatenate(activity)
+      last = first + run.num_layers
+      mine = jax.tree.map(lambda x, a=first, b=last: x[a:b], inputs)
+
+      def step(
+        carry: Any, xs: Any, graphdef: nnx.GraphDef[DecoderBlock] = graphdef
+      ) -> tuple[Any, Any]:
+        return layer(nnx.merge(graphdef, xs[0]), carry, xs[1])
+
+      carry, output = jax.lax.scan(step, carry, (state, mine))
+      outputs.append(output)
+      first = last
+    return carry, jax.tree.map(lambda *x: jnp.concatenate(x), *outputs)
 
   def _run(
     self, stack: DecoderBlock, x: Float[Array, "B T D"], **inputs: Any
@@ -309,8 +332,9 @@ class DecoderLM(nnx.Module):
     nnx.update(stack, changed)
     return x
 
-  def _logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-    """Scores of every token of the vocabulary, summed in float32."""
+  def logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+    """From the last layer's output to logits, summed in float32."""
+    x = self.norm(x)
     if self.unembedding is None:
       table = self.embedding.embedding[...].T
     else:

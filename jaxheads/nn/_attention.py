@@ -1,6 +1,7 @@
 """Attention as an NNX module: routed heads, sharded contexts, or neither."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -34,6 +35,9 @@ from pallas_kernels.head_attention import HeadContexts
 
 # New tokens that read a cache in place; more are a prompt.
 _MOST_NEW_TOKENS = 16
+# Attention weights of a layer from which a CPU does not keep them: a quarter
+# of a gibibyte in float32.
+_MANY_WEIGHTS = 2**26
 
 
 class HeadAttention(nnx.Module):
@@ -321,11 +325,9 @@ class HeadAttention(nnx.Module):
       )
     token_mask = flat(token_mask, 1)
     segment_ids = flat(segment_ids, 1)
-    k = flat(self.key(inputs_k), 3)
+    k = flat(self._keys(inputs_k), 3)
     v = flat(self.value(inputs_v), 3)
     assert k is not None and v is not None
-    if self.key_ln is not None:
-      k = self.key_ln(k)
 
     q_offset: Array | int = 0
     if decode:
@@ -369,8 +371,7 @@ class HeadAttention(nnx.Module):
       rngs=rngs,
       sow_weights=sow_weights,
     )
-    if self.out.bias is not None:
-      out = out + self.out.bias[...].astype(out.dtype)
+    out = self._add_bias(out)
     return out.reshape(*batch_shape, length, self.out_features)
 
   def init_cache(
@@ -391,6 +392,104 @@ class HeadAttention(nnx.Module):
     self.cached_key, self.cached_value, self.cache_index = _cache.empty(
       input_shape, self.num_kv_heads, self.head_dim, dtype, self.pattern
     )
+
+  # For caches that are kept outside of the module: what a call does, in parts.
+
+  def project_kv(
+    self, x: Float[Array, "B T D"], positions: Int[Array, "B T"]
+  ) -> tuple[Float[Array, "B T K H"], Float[Array, "B T K H"]]:
+    """Keys, after RoPE, and values, as caches hold them."""
+    k = self._keys(x)
+    if self.rope_theta is not None:
+      k = apply_rope(k, positions, theta=self.rope_theta)
+    return k, self.value(x)
+
+  def project_q(
+    self, x: Float[Array, "B T D"], positions: Int[Array, "B T"]
+  ) -> Float[Array, "B T N H"]:
+    """Queries after RoPE."""
+    q = self._queries(x)
+    if self.rope_theta is not None:
+      q = apply_rope(q, positions, theta=self.rope_theta)
+    return q
+
+  def attend(
+    self,
+    x: Float[Array, "B T D"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    *,
+    q_offset: Int[Array, ""] | int = 0,
+  ) -> Float[Array, "B T Dout"]:
+    """Causal attention to finished keys and values, those of x among them.
+
+    Args:
+      x: Input of the layer.
+      k, v: As `project_kv` gives them, by position.
+      q_offset: Position of the first token of x.
+    """
+    positions = jnp.broadcast_to(
+      jnp.arange(x.shape[1], dtype=jnp.int32) + q_offset, x.shape[:2]
+    )
+    out = self._attend(
+      x,
+      k,
+      v,
+      cache=None,
+      mask=None,
+      is_causal=True,
+      q_offset=q_offset,
+      q_positions=positions,
+      token_mask=None,
+      q_segment_ids=None,
+      kv_segment_ids=None,
+      deterministic=True,
+      rngs=None,
+      sow_weights=False,
+    )
+    return self._add_bias(out)
+
+  def attend_with(
+    self,
+    x: Float[Array, "B T D"],
+    positions: Int[Array, "B T"],
+    read: Callable[[Array, Array | None], Array],
+  ) -> Float[Array, "B T Dout"]:
+    """Attention whose keys and values `read` knows.
+
+    Args:
+      x: Input of the layer.
+      positions: Of the tokens.
+      read: From queries [B, T, N, H] after RoPE and the heads that are active
+        [B, T, N] (`None`: all) to the output of each head [B, T, N, H].
+    """
+    q = self._queries(x)
+    routing = self._route(x, q, None)
+    if self.rope_theta is not None:
+      q = apply_rope(q, positions, theta=self.rope_theta)
+    out = read(q, None if routing is None else routing.mask)
+    out, w_o = nnx.nn.dtypes.promote_dtype(
+      (out, self.out.kernel[...]), dtype=self.dtype
+    )
+    gates = None if routing is None else routing.gates
+    return self._add_bias(combine_heads(out, gates, w_o))
+
+  def _keys(
+    self, inputs_k: Float[Array, "*batch S Dkv"]
+  ) -> Float[Array, "*batch S K H"]:
+    """Keys before RoPE."""
+    k = self.key(inputs_k)
+    return k if self.key_ln is None else self.key_ln(k)
+
+  def _queries(self, x: Float[Array, "B T D"]) -> Float[Array, "B T N H"]:
+    """Queries before RoPE."""
+    q = self.query(x)
+    return q if self.query_ln is None else self.query_ln(q)
+
+  def _add_bias(self, out: Float[Array, "B T Dout"]) -> Array:
+    if self.out.bias is None:
+      return out
+    return out + self.out.bias[...].astype(out.dtype)
 
   @property
   def _decode_cache(self) -> _cache.Cache:
@@ -460,9 +559,7 @@ class HeadAttention(nnx.Module):
       kernels["rope_theta"] = self.rope_theta
       q = None
     else:
-      q = self.query(x)
-      if self.query_ln is not None:
-        q = self.query_ln(q)
+      q = self._queries(x)
       x_in, w_o = nnx.nn.dtypes.promote_dtype(
         (x, self.out.kernel[...]), dtype=self.dtype
       )
@@ -499,9 +596,9 @@ class HeadAttention(nnx.Module):
       and pattern is None
       and fits_kernels
       and visibility["is_causal"]
-      and platform.current() != "cpu"
+      and (platform.current() != "cpu" or _are_many(sizes, self.num_heads))
     ):
-      # The kernels of accelerators keep no attention weights.
+      # The kernels keep no attention weights.
       pattern = s2.dense(self.num_heads)
     if pattern is not None and execution == "dense":
       if fits_kernels:
@@ -593,3 +690,7 @@ class HeadAttention(nnx.Module):
         if deterministic
         else _routing.balance_loss(routing, self.moh, token_mask)
       )
+
+
+def _are_many(sizes: tuple[int, int, int], num_heads: int) -> bool:
+  return num_heads * math.prod(sizes) >= _MANY_WEIGHTS

@@ -11,6 +11,7 @@ from pallas_kernels.paged_attention.operands import (
   Implementation,
   Operands,
   Settings,
+  as_floats,
 )
 from pallas_kernels.paged_attention.table import PageTable
 from pallas_kernels.shapes import check_shape
@@ -45,7 +46,8 @@ def paged_attention(
 
   Args:
     q: Queries (after RoPE).
-    k_pages, v_pages: The pool: keys (after RoPE) and values.
+    k_pages, v_pages: The pool: keys (after RoPE) and values. Arrays of uint16
+      are bfloat16 by their bits: XLA's CPU compiler updates those in place.
     table: Which pages hold the tokens of each row. Page numbers outside the
       pool and rows beyond the table are read as some page of it, never out of
       bounds.
@@ -104,6 +106,10 @@ def paged_attention(
     order=_ORDER,
     named=_NAMED,
   )
+  if name != "xla":
+    operands = operands._replace(
+      k_pages=as_floats(k_pages), v_pages=as_floats(v_pages)
+    )
   if name == "reference":
     return reference.attention(settings, operands)
   module = cast(Implementation, _dispatch.load(_OPERATION, name))

@@ -3,6 +3,8 @@
 import dataclasses
 from typing import Any, NamedTuple, Protocol
 
+import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.paged_attention.table import PageTable
@@ -47,3 +49,10 @@ class Implementation(Protocol):
     self, settings: Settings, operands: Operands
   ) -> Float[Array, "R Q H"]:
     """Output in q's dtype; queries that see nothing give 0."""
+
+
+def as_floats(pages: Array) -> Float[Array, "*pages"]:
+  """Keys or values as numbers; uint16 is bfloat16 by its bits."""
+  if pages.dtype != jnp.uint16:
+    return pages
+  return jax.lax.bitcast_convert_type(pages, jnp.bfloat16)

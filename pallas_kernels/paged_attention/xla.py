@@ -5,7 +5,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.paged_attention.merge import LOWEST, Parts, merge
-from pallas_kernels.paged_attention.operands import Operands, Settings
+from pallas_kernels.paged_attention.operands import (
+  Operands,
+  Settings,
+  as_floats,
+)
 from pallas_kernels.paged_attention.steps import make_steps
 
 # Tokens of a turn of the loop: their keys and values stay in a core's cache
@@ -66,6 +70,8 @@ def _take(
   pool: Float[Array, "P page H"], page: Int[Array, " c"]
 ) -> Float[Array, "c page H"]:
   """Pages by number."""
+  if pool.dtype == jnp.uint16:
+    return as_floats(pool.at[page].get(mode="clip"))
   # As integers, and inside the loop: XLA's CPU compiler would otherwise make a
   # float32 copy of the whole of a bfloat16 pool.
   pool, page = jax.lax.optimization_barrier((pool, page))

@@ -1,0 +1,41 @@
+"""From scores to keep sets; every count is data, so nothing recompiles."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+
+def rank(scores: Float[Array, "*K S"]) -> Int[Array, "*K S"]:
+  """Place of each score along the last axis, 0 the largest.
+
+  The lowest index comes first among equals.
+  """
+  order = jnp.argsort(scores, axis=-1, stable=True, descending=True)
+  return jnp.argsort(order, axis=-1, stable=True).astype(jnp.int32)
+
+
+def middle(
+  size: int, length: Int[Array, ""], parts: dict[str, Any]
+) -> Bool[Array, "*K S"]:
+  """Tokens that are neither sinks nor recent; see `keep_parts`."""
+  at = jnp.arange(size)
+  sinks, recent = parts["sinks"][..., None], parts["recent"][..., None]
+  return (at >= sinks) & (at < length - recent)
+
+
+def keep_parts(
+  scores: Float[Array, "K S"], length: Int[Array, ""], parts: dict[str, Any]
+) -> Bool[Array, "K S"]:
+  """First and last tokens of each head, and the best in between.
+
+  Args:
+    scores: Of each token; only those in between are compared.
+    length: Tokens of the prompt.
+    parts: The integers "sinks", "recent" and "middle", see
+      `jaxheads.kvcache.budgets.Parts`; of all heads, or one a head, [K].
+  """
+  between = middle(scores.shape[-1], length, parts)
+  best = rank(jnp.where(between, scores, -jnp.inf)) < parts["middle"][..., None]
+  outside = (jnp.arange(scores.shape[-1]) < length) & ~between
+  return outside | (between & best)

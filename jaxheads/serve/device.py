@@ -1,0 +1,316 @@
+"""The device's part of the engine: its arrays, and the programs it has."""
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Int
+
+from jaxheads.kvcache.pages import Pages
+from jaxheads.kvcache.policy import CacheShape, Policy
+from jaxheads.kvcache.rows import num_pages as pages_for
+from jaxheads.models.decoder import DecoderLM
+from jaxheads.serve import programs
+from jaxheads.serve.buckets import bucket, buckets, power_of_two
+from jaxheads.serve.layers import Kept, Prompt
+from jaxheads.serve.programs import Placement, Sampled, State, Step
+from jaxheads.serve.state import Rows
+from jaxheads.serve.turn import Compact, Decode, Prefill, Turn
+
+
+class Outputs(NamedTuple):
+  """What the host waits for, one turn later.
+
+  Attributes:
+    prefill: Sampled after a prompt's last token, one row.
+    decode: Sampled for the sequences, by slot.
+    lengths, head_of_slot: Of the rows of a prompt that has been read, see
+      `layers.Kept`.
+  """
+
+  prefill: Sampled | None = None
+  decode: Sampled | None = None
+  lengths: Int[Array, "R K"] | None = None
+  head_of_slot: Int[Array, "R K"] | None = None
+
+
+class Device:
+  """Runs turns in order; each program is compiled once for a size.
+
+  Args:
+    model: A decoder.
+    policy: What rows keep.
+    num_pages, page_size: Of the pool.
+    max_batch, max_length, chunk: As in `engine.EngineConfig`.
+    dtype: Of the pool; `None` is the model's.
+  """
+
+  def __init__(
+    self,
+    model: DecoderLM,
+    policy: Policy,
+    *,
+    num_pages: int,
+    page_size: int,
+    max_batch: int,
+    max_length: int,
+    chunk: int | None,
+    dtype: Any,
+  ) -> None:
+    config = model.config
+    self._policy = policy
+    self._page_size = page_size
+    self._max_batch = max_batch
+    self._most_tokens = pages_for(max_length, page_size) * page_size
+    self._chunk = chunk
+    self._shape = CacheShape(config.num_layers, config.num_kv_heads)
+    self._state = State(
+      Pages.empty(
+        num_pages,
+        page_size,
+        config.head_dim,
+        config.dtype if dtype is None else dtype,
+      ),
+      Rows.empty(self._shape, max_batch, max_length, page_size),
+      jnp.zeros(max_batch, jnp.int32),
+    )
+    # What is kept of prompts whose rows wait for their pages, by slot.
+    self._kept: dict[int, Kept] = {}
+    graphdef, variables = nnx.split(model)
+
+    def program(run: Callable[..., Any], *static: str) -> "_Program":
+      return _Program(run, graphdef, variables, static)
+
+    self._read_on = program(programs.read_on)
+    self._finish_prompt = program(programs.finish_prompt, "policy")
+    self._place_rows = program(programs.place_rows)
+    self._step = program(programs.step, "entries")
+
+  @property
+  def num_compiled(self) -> int:
+    """Programs so far."""
+    return sum(
+      program.num_compiled
+      for program in (
+        self._read_on,
+        self._finish_prompt,
+        self._place_rows,
+        self._step,
+      )
+    )
+
+  @property
+  def pool_bytes(self) -> int:
+    """Memory of all pages."""
+    return self._state.pages.nbytes
+
+  def run(self, turn: Turn) -> Outputs:
+    """Gives the device a turn; returns before it is done."""
+    outputs = Outputs()
+    if turn.compact is not None:
+      self._compact(turn.compact)
+    if turn.prefill is not None:
+      outputs = self._prefill(turn.prefill)
+    if turn.decode is not None:
+      outputs = outputs._replace(decode=self._decode(turn.decode))
+    for array in jax.tree.leaves(outputs):
+      array.copy_to_host_async()
+    return outputs
+
+  def compile_all(self) -> None:
+    """Compiles whatever `run` may need."""
+    known = self._policy.knows_lengths
+    layers = self._policy.plan(1, 1.0, self._shape).layers
+    nothing = np.zeros(self._shape, np.int32)
+    for size in self._prompt_sizes():
+      pages = np.zeros((*self._shape, size // self._page_size), np.int32)
+      placement = _placement(0, pages, nothing, 0)
+      in_pages = self._chunk is not None or not known
+      prompt = _prompt(
+        (),
+        0,
+        size if self._chunk is None else self._chunk,
+        pages if in_pages else None,
+      )
+      self._finish_prompt.prepare(
+        self._state,
+        prompt,
+        np.int32(0),
+        layers,
+        placement if known else None,
+        policy=self._policy,
+      )
+      if self._chunk is not None:
+        self._read_on.prepare(self._state, prompt)
+      if not known:
+        heads = jax.ShapeDtypeStruct(self._shape, jnp.int32)
+        keep = jax.ShapeDtypeStruct((*self._shape, size), jnp.bool_)
+        kept = Kept(keep, heads, heads)
+        self._place_rows.prepare(self._state, kept, pages, placement)
+    for slots in self._batch_sizes():
+      rows = (self._shape.num_layers, slots, self._shape.num_kv_heads)
+      each = np.zeros(slots, np.int32)
+      told = Step(
+        each, np.zeros(rows, np.int32), np.zeros(rows, np.int32), each
+      )
+      most = self._most_entries(slots)
+      entries = 1
+      while entries < 2 * most:
+        self._step.prepare(self._state, told, entries=min(entries, most))
+        entries *= 2
+
+  def _prefill(self, prefill: Prefill) -> Outputs:
+    end = prefill.start + prefill.count
+    size = self._prompt_size(end)
+    room, pages = size, None
+    if prefill.prompt_pages is not None:
+      pages = _pad(prefill.prompt_pages, size // self._page_size)
+      room = self._chunk or self._prompt_size(prefill.count)
+    tokens = prefill.request.prompt[prefill.start : end]
+    prompt = _prompt(tokens, prefill.start, room, pages)
+    if not prefill.last:
+      self._state = self._read_on(self._state, prompt)
+      return Outputs()
+    placement = None
+    if prefill.row_pages is not None:
+      placement = _placement(
+        prefill.slot,
+        _pad(prefill.row_pages, size // self._page_size),
+        prefill.plan.rings,
+        end,
+      )
+    self._state, sampled, kept = self._finish_prompt(
+      self._state,
+      prompt,
+      np.int32(prefill.slot),
+      prefill.plan.layers,
+      placement,
+      policy=self._policy,
+    )
+    if placement is None:
+      self._kept[prefill.slot] = kept
+    return Outputs(
+      prefill=sampled, lengths=kept.lengths, head_of_slot=kept.head_of_slot
+    )
+
+  def _compact(self, compact: Compact) -> None:
+    length = len(compact.request.prompt)
+    most = self._prompt_size(length) // self._page_size
+    self._state = self._place_rows(
+      self._state,
+      self._kept.pop(compact.slot),
+      _pad(compact.prompt_pages, most),
+      _placement(
+        compact.slot,
+        _pad(compact.row_pages, most),
+        compact.plan.rings,
+        length,
+      ),
+    )
+
+  def _decode(self, decode: Decode) -> Sampled:
+    slots = min(power_of_two(int(decode.slots[-1]) + 1), self._max_batch)
+    active = np.zeros(slots, np.int32)
+    active[decode.slots] = 1
+    told = Step(
+      active,
+      decode.new_pages[:, :slots],
+      decode.drop[:, :slots],
+      decode.forced[:slots],
+    )
+    entries = min(power_of_two(decode.entries), self._most_entries(slots))
+    self._state, sampled = self._step(self._state, told, entries=entries)
+    return sampled
+
+  def _prompt_size(self, length: int) -> int:
+    """Room for a prompt, whole pages."""
+    return min(bucket(length, self._page_size), self._most_tokens)
+
+  def _prompt_sizes(self) -> list[int]:
+    return sorted(
+      {
+        min(size, self._most_tokens)
+        for size in buckets(self._most_tokens, self._page_size)
+      }
+    )
+
+  def _batch_sizes(self) -> Iterator[int]:
+    size = 1
+    while size < 2 * self._max_batch:
+      yield min(size, self._max_batch)
+      size *= 2
+
+  def _most_entries(self, slots: int) -> int:
+    pages = self._most_tokens // self._page_size
+    return slots * self._shape.num_kv_heads * pages
+
+
+class _Program:
+  """A function of the model and the state, compiled for each size it meets.
+
+  The state is donated: every call replaces it.
+  """
+
+  def __init__(
+    self,
+    run: Callable[..., Any],
+    graphdef: nnx.GraphDef,
+    variables: nnx.State,
+    static: tuple[str, ...],
+  ) -> None:
+    def merged(variables: nnx.State, *args: Any, **settings: Any) -> Any:
+      return run(nnx.merge(graphdef, variables), *args, **settings)
+
+    self._run = jax.jit(merged, static_argnames=static, donate_argnums=1)
+    self._variables = variables
+    self._compiled: dict[Any, Callable[..., Any]] = {}
+
+  @property
+  def num_compiled(self) -> int:
+    return len(self._compiled)
+
+  def prepare(
+    self, state: State, *args: Any, **settings: Any
+  ) -> Callable[..., Any]:
+    """Compiles for arguments of these shapes, unless that has been done."""
+    leaves, tree = jax.tree.flatten(args)
+    key = (tree, *(x.shape for x in leaves), *settings.items())
+    if key not in self._compiled:
+      lowered = self._run.lower(self._variables, state, *args, **settings)
+      self._compiled[key] = lowered.compile()
+    return self._compiled[key]
+
+  def __call__(self, state: State, *args: Any, **settings: Any) -> Any:
+    run = self.prepare(state, *args, **settings)
+    return run(self._variables, state, *args)
+
+
+def _prompt(
+  tokens: tuple[int, ...],
+  start: int,
+  room: int,
+  pages: Int[np.ndarray, "R K n"] | None,
+) -> Prompt:
+  padded = np.zeros(room, np.int32)
+  padded[: len(tokens)] = tokens
+  return Prompt(padded, np.int32(start), np.int32(len(tokens)), pages)
+
+
+def _placement(
+  slot: int,
+  pages: Int[np.ndarray, "R K m"],
+  rings: Int[np.ndarray, "R K"],
+  length: int,
+) -> Placement:
+  return Placement(np.int32(slot), pages, rings, np.int32(length))
+
+
+def _pad(
+  pages: Int[np.ndarray, "R K m"], count: int
+) -> Int[np.ndarray, "R K count"]:
+  """With so many pages for each row; 0 is none."""
+  more = max(0, count - pages.shape[-1])
+  return np.pad(pages, ((0, 0), (0, 0), (0, more)))[..., :count]

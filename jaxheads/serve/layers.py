@@ -1,0 +1,277 @@
+"""A model over a pool of pages: reading prompts, and decoding."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxheads.kvcache.compact import compact
+from jaxheads.kvcache.pages import Pages
+from jaxheads.kvcache.policy import LayerWindow, Policy
+from jaxheads.kvcache.rows import RowStep, num_pages
+from jaxheads.models.decoder import DecoderBlock, DecoderLM
+from jaxheads.serve.state import Rows
+from pallas_kernels.paged_attention import PageTable, paged_attention
+
+
+class Prompt(NamedTuple):
+  """A stretch of a prompt, to be read.
+
+  Attributes:
+    tokens: Token ids; padding may follow the first `count`.
+    start: Position of the first of them.
+    count: How many there are.
+    prompt_pages: Pages of the whole prompt by head; `None` if it is read at
+      once.
+  """
+
+  tokens: Int[Array, " T"]
+  start: Int[Array, ""]
+  count: Int[Array, ""]
+  prompt_pages: Int[Array, "R K n"] | None
+
+
+class Kept(NamedTuple):
+  """Of each layer, which tokens stay.
+
+  Attributes:
+    tokens: True for those that stay, by head.
+    lengths: How many, by row slot.
+    head_of_slot: Which head each row slot belongs to.
+  """
+
+  tokens: Bool[Array, "R K S"]
+  lengths: Int[Array, "R K"]
+  head_of_slot: Int[Array, "R K"]
+
+
+class Reading(NamedTuple):
+  """What is left when a prompt has been read.
+
+  Attributes:
+    pages: The pool.
+    logits: Of the token that follows the last one read.
+    kept: Which tokens stay; `None` before the last stretch.
+  """
+
+  pages: Pages
+  logits: Float[Array, " V"]
+  kept: Kept | None
+
+
+def read_prompt(
+  model: DecoderLM,
+  pages: Pages,
+  prompt: Prompt,
+  *,
+  policy: Policy | None,
+  layers: dict[str, Array] | None,
+  row_pages: Int[Array, "R K m"] | None,
+) -> Reading:
+  """Reads a stretch of one prompt; the last one keeps what the policy keeps.
+
+  Args:
+    model: A decoder.
+    pages: The pool.
+    prompt: The stretch.
+    policy: What each head keeps, for the last stretch; `None` before it.
+    layers: `Plan.layers`, for the policy.
+    row_pages: Where survivors go, by row slot; `None` if they stay where they
+      are for now.
+  """
+  length = prompt.start + prompt.count
+  positions = prompt.start + jnp.arange(prompt.tokens.shape[0])
+
+  def layer(
+    block: DecoderBlock, carry: tuple[Array, Pages], inputs: tuple[Any, ...]
+  ) -> tuple[tuple[Array, Pages], Kept | None]:
+    x, pages = carry
+    index, prompt_pages, row_pages, plan = inputs
+    attention = block.attention
+    h = block.attention_norm(x)
+    k, v = (y[0] for y in attention.project_kv(h, positions[None]))
+    if prompt_pages is not None:
+      k, v, pages = _continue(pages, prompt_pages, k, v, prompt.start)
+    out = attention.attend(h, k[None], v[None], q_offset=prompt.start)
+    kept = None
+    if policy is not None:
+      at = prompt.count - policy.window + jnp.arange(policy.window)
+      h = h.at[:, at].get(mode="clip")
+      window = LayerWindow(
+        q=attention.project_q(h, (prompt.start + at)[None])[0],
+        k=k,
+        v=v,
+        length=length,
+        w_o=attention.out.kernel[...],
+        layer=index,
+      )
+      keep = policy.keep(window, plan)
+      rows = compact(keep, k, v)
+      kept = Kept(keep, rows.lengths, rows.head_of_slot)
+      if row_pages is not None:
+        pages = _write_rows(pages, row_pages, rows.k, rows.v)
+    x += out
+    return (x + block.mlp(block.mlp_norm(x)), pages), kept
+
+  x = model.embedding(prompt.tokens[None])
+  inputs = (_indices(model), prompt.prompt_pages, row_pages, layers)
+  (x, pages), kept = model.scan_layers(layer, (x, pages), inputs)
+  x = jax.lax.dynamic_slice_in_dim(x, prompt.count - 1, 1, axis=1)
+  return Reading(pages, model.logits(x)[0, 0], kept)
+
+
+def copy_rows(
+  pages: Pages,
+  keep: Bool[Array, "R K S"],
+  prompt_pages: Int[Array, "R K n"],
+  row_pages: Int[Array, "R K m"],
+) -> Pages:
+  """Copies what is kept of a prompt from its pages to its rows' pages."""
+
+  def layer(pages: Pages, inputs: tuple[Array, ...]) -> tuple[Pages, None]:
+    keep, prompt_pages, row_pages = inputs
+    k, v = (y.swapaxes(0, 1) for y in pages.gather(prompt_pages))
+    rows = compact(keep, k, v)
+    return _write_rows(pages, row_pages, rows.k, rows.v), None
+
+  return jax.lax.scan(layer, pages, (keep, prompt_pages, row_pages))[0]
+
+
+def decode(
+  model: DecoderLM,
+  pages: Pages,
+  rows: Rows,
+  step: RowStep,
+  tokens: Int[Array, " B"],
+  active: Int[Array, " B"],
+  *,
+  entries: int,
+) -> tuple[Float[Array, "B V"], Pages]:
+  """Logits after one more token of every sequence.
+
+  Args:
+    model: A decoder.
+    pages: The pool.
+    rows: The sequences' rows, the token among their tokens.
+    step: Where in its row each token goes.
+    tokens: The tokens.
+    active: 0 for slots that take none.
+    entries: Room for the pages that the rows of a layer list; static.
+  """
+  positions = rows.positions - 1  # Counted already.
+  batch, kv_heads = rows.lengths.shape[1:]
+
+  def layer(
+    block: DecoderBlock, carry: tuple[Array, Pages], inputs: tuple[Any, ...]
+  ) -> tuple[tuple[Array, Pages], None]:
+    x, pages = carry
+    numbers, lengths, write, head_of_slot = inputs
+    attention = block.attention
+    h = block.attention_norm(x)
+    # Each KV head's arrays to its row slot, and back.
+    to_slot = head_of_slot[..., None]
+    k, v = (
+      jnp.take_along_axis(y[:, 0], to_slot, axis=1).reshape(-1, y.shape[-1])
+      for y in attention.project_kv(h, positions[:, None])
+    )
+    at = write // pages.page_size
+    number = jnp.take_along_axis(numbers, at[..., None], axis=-1)[..., 0]
+    number = jnp.where(active[:, None] > 0, number, 0)
+    offset = write % pages.page_size
+    pages = pages.append(number.reshape(-1), offset.reshape(-1), k, v)
+    lengths = jnp.where(active[:, None] > 0, lengths, 0)
+    starts, listed = _list_pages(numbers, lengths, pages.page_size, entries)
+
+    def read(q: Array, chosen: Array | None) -> Array:
+      groups = q.shape[2] // kv_heads
+      seen = lengths
+      if chosen is not None:
+        used = chosen.reshape(batch, kv_heads, groups).any(axis=-1)
+        used = jnp.take_along_axis(used, head_of_slot, axis=1)
+        seen = jnp.where(used, lengths, 0)
+      q = q.reshape(batch, kv_heads, groups, -1)
+      q = jnp.take_along_axis(q, to_slot[..., None], axis=1)
+      out = paged_attention(
+        q.reshape(batch * kv_heads, groups, -1),
+        pages.k,
+        pages.v,
+        PageTable(listed, starts, seen.reshape(-1)),
+      )
+      out = out.reshape(q.shape)
+      slot_of_head = jnp.argsort(head_of_slot, axis=1)
+      out = jnp.take_along_axis(out, slot_of_head[..., None, None], axis=1)
+      return out.reshape(batch, 1, kv_heads * groups, -1)
+
+    x += attention.attend_with(h, positions[:, None], read)
+    return (x + block.mlp(block.mlp_norm(x)), pages), None
+
+  x = model.embedding(tokens[:, None])
+  inputs = (rows.pages, rows.lengths, step.write, rows.head_of_slot)
+  (x, pages), _ = model.scan_layers(layer, (x, pages), inputs)
+  return model.logits(x)[:, 0], pages
+
+
+def _indices(model: DecoderLM) -> Int[Array, " R"]:
+  return jnp.arange(model.config.num_layers, dtype=jnp.int32)
+
+
+def _continue(
+  pages: Pages,
+  numbers: Int[Array, "K n"],
+  k: Float[Array, "T K H"],
+  v: Float[Array, "T K H"],
+  start: Int[Array, ""],
+) -> tuple[Float[Array, "S K H"], Float[Array, "S K H"], Pages]:
+  """Keys and values of a prompt so far, and the pool with the new ones."""
+  page, size = pages.page_size, k.shape[0]
+  room = numbers.shape[1] * page
+  # The pages that new tokens may touch.
+  touched = min(size // page + 2, numbers.shape[1])
+  first = jnp.minimum(start // page, numbers.shape[1] - touched)
+  zero = jnp.zeros_like(first)
+  both = []
+  for old, new in zip(pages.gather(numbers), (k, v), strict=True):
+    # Padding may reach past the last page.
+    old = jnp.pad(old, ((0, 0), (0, size), (0, 0)))
+    new = new.swapaxes(0, 1).astype(old.dtype)
+    both.append(jax.lax.dynamic_update_slice(old, new, (zero, start, zero)))
+  parts = (
+    jax.lax.dynamic_slice_in_dim(x, first * page, touched * page, axis=1)
+    for x in both
+  )
+  pages = pages.write(
+    jax.lax.dynamic_slice_in_dim(numbers, first, touched, axis=1), *parts
+  )
+  k, v = (x[:, :room].swapaxes(0, 1) for x in both)
+  return k, v, pages
+
+
+def _write_rows(
+  pages: Pages,
+  numbers: Int[Array, "K m"],
+  k: Float[Array, "K S H"],
+  v: Float[Array, "K S H"],
+) -> Pages:
+  """Writes packed rows into their pages; past the last, nowhere."""
+  room = numbers.shape[1] * pages.page_size
+  more = ((0, 0), (0, max(0, room - k.shape[1])), (0, 0))
+  k, v = (jnp.pad(x, more)[:, :room] for x in (k, v))
+  return pages.write(numbers, k, v)
+
+
+def _list_pages(
+  numbers: Int[Array, "B K M"],
+  lengths: Int[Array, "B K"],
+  page_size: int,
+  entries: int,
+) -> tuple[Int[Array, " rows"], Int[Array, " entries"]]:
+  """Where in one list each row's pages begin, and the list."""
+  numbers = numbers.reshape(-1, numbers.shape[-1])
+  counts = num_pages(lengths.reshape(-1), page_size)
+  starts = jnp.cumsum(counts) - counts
+  row = jnp.repeat(
+    jnp.arange(counts.shape[0]), counts, total_repeat_length=entries
+  )
+  at = jnp.arange(entries) - starts[row]
+  return starts, numbers.at[row, at].get(mode="fill", fill_value=0)
