@@ -255,5 +255,4 @@ def last_token_never_ends(monkeypatch):
 def test_planted_defect_is_found(plant, monkeypatch):
   plant(monkeypatch)
   with pytest.raises((AssertionError, ValueError, RuntimeError, KeyError)):
-    for seed in range(40):
-      play(seed, 100)
+    play_many(range(40), 100)
