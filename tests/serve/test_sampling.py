@@ -140,7 +140,7 @@ def test_a_new_index_or_seed_draws_anew_and_the_same_draws_the_same():
   params = [SamplingParams(temperature=2.0, seed=seed) for seed in seeds]
   answers = np.stack(
     [
-      draw(params, LOGITS, index=np.full(len(seeds), at)).tokens
+      np.asarray(draw(params, LOGITS, index=np.full(len(seeds), at)).tokens)
       for at in range(40)
     ]
   )
@@ -177,7 +177,9 @@ def test_only_kept_tokens_are_drawn(seed):
   ]
   prompt, answer = rng.integers(0, V, 5), rng.integers(0, V, 5)
   out = draw(params, logits, prompt=prompt, answer=answer)
-  for row, one, token in zip(logits, params, out.tokens, strict=True):
+  for row, one, token in zip(
+    logits, params, np.asarray(out.tokens), strict=True
+  ):
     assert distribution(row, one, prompt, answer)[token] > 0
 
 
@@ -199,7 +201,7 @@ def test_log_probabilities_are_the_models_own():
     )
     for logprobs in (None, 0, 5, MOST_LOGPROBS)
   ]
-  out = draw(params, rows, answer=[1, 2])
+  out = jax.tree.map(np.asarray, draw(params, rows, answer=[1, 2]))
   for i, row in enumerate(rows):
     expected = np.log(softmax(row.astype(np.float64)) + 1e-300)
     order = sorted(range(V), key=lambda token: (-row[token], token))
