@@ -16,7 +16,9 @@ from jaxheads.models.decoder import DecoderLM
 from jaxheads.serve import programs
 from jaxheads.serve.buckets import bucket, buckets, power_of_two
 from jaxheads.serve.layers import Kept, Prompt
-from jaxheads.serve.programs import Placement, Sampled, State, Step
+from jaxheads.serve.programs import Drawing, Placement, Start, State, Step
+from jaxheads.serve.request import Request
+from jaxheads.serve.sampling import Sampled, Sampling
 from jaxheads.serve.state import Rows
 from jaxheads.serve.turn import Compact, Decode, Prefill, Turn
 
@@ -75,8 +77,9 @@ class Device:
         config.dtype if dtype is None else dtype,
       ),
       Rows.empty(self._shape, max_batch, max_length, page_size),
-      jnp.zeros(max_batch, jnp.int32),
+      Drawing.idle(max_batch, config.vocab_size),
     )
+    self._vocab_size = config.vocab_size
     # What is kept of prompts whose rows wait for their pages, by slot.
     self._kept: dict[int, Kept] = {}
     graphdef, variables = nnx.split(model)
@@ -138,7 +141,7 @@ class Device:
       self._finish_prompt.prepare(
         self._state,
         prompt,
-        np.int32(0),
+        self._start(0, Request(id="", prompt=(0,))),
         layers,
         placement if known else None,
         policy=self._policy,
@@ -185,7 +188,7 @@ class Device:
     self._state, sampled, kept = self._finish_prompt(
       self._state,
       prompt,
-      np.int32(prefill.slot),
+      self._start(prefill.slot, prefill.request),
       prefill.plan.layers,
       placement,
       policy=self._policy,
@@ -224,6 +227,11 @@ class Device:
     entries = min(power_of_two(decode.entries), self._most_entries(slots))
     self._state, sampled = self._step(self._state, told, entries=entries)
     return sampled
+
+  def _start(self, slot: int, request: Request) -> Start:
+    in_prompt = np.zeros(self._vocab_size, bool)
+    in_prompt[list(request.prompt)] = True
+    return Start(np.int32(slot), Sampling.of(request.params), in_prompt)
 
   def _prompt_size(self, length: int) -> int:
     """Room for a prompt, whole pages."""

@@ -2,8 +2,9 @@
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxheads.kvcache.pages import Pages
 from jaxheads.kvcache.policy import Policy
@@ -15,6 +16,7 @@ from jaxheads.serve.layers import (
   decode,
   read_prompt,
 )
+from jaxheads.serve.sampling import Sampled, Sampling, sample
 from jaxheads.serve.state import Rows
 
 
@@ -24,12 +26,39 @@ class State(NamedTuple):
   Attributes:
     pages: The pool.
     rows: Of all sequence slots.
-    tokens: The token that each slot sampled last.
+    drawing: What the next draw of each slot depends on, besides logits.
   """
 
   pages: Pages
   rows: Rows
-  tokens: Int[Array, " B"]
+  drawing: "Drawing"
+
+
+class Drawing(NamedTuple):
+  """Of each slot, or of one.
+
+  Attributes:
+    sampling: Its request's settings.
+    in_prompt: Which tokens the prompt holds.
+    answer_counts: How often the answer holds each token, the one that was
+      drawn last excluded.
+    tokens: The token that was drawn last.
+  """
+
+  sampling: Sampling
+  in_prompt: Bool[Array, "*B V"]
+  answer_counts: Int[Array, "*B V"]
+  tokens: Int[Array, " *B"]
+
+  @classmethod
+  def idle(cls, slots: int, vocab_size: int) -> "Drawing":
+    """Slots without a request."""
+    return cls(
+      jax.tree.map(jnp.asarray, Sampling.idle(slots)),
+      jnp.zeros((slots, vocab_size), bool),
+      jnp.zeros((slots, vocab_size), jnp.int32),
+      jnp.zeros(slots, jnp.int32),
+    )
 
 
 class Placement(NamedTuple):
@@ -62,10 +91,18 @@ class Step(NamedTuple):
   forced: Int[Array, " b"]
 
 
-class Sampled(NamedTuple):
-  """Tokens that were drawn."""
+class Start(NamedTuple):
+  """A request whose first token is to be drawn.
 
-  tokens: Int[Array, " b"]
+  Attributes:
+    slot: Sequence slot.
+    sampling: `Sampling.of` its parameters.
+    in_prompt: Which tokens its prompt holds.
+  """
+
+  slot: Int[Array, ""]
+  sampling: Sampling
+  in_prompt: Bool[Array, " V"]
 
 
 def read_on(model: DecoderLM, state: State, prompt: Prompt) -> State:
@@ -80,7 +117,7 @@ def finish_prompt(
   model: DecoderLM,
   state: State,
   prompt: Prompt,
-  slot: Int[Array, ""],
+  start: Start,
   layers: dict[str, Array],
   placement: Placement | None,
   *,
@@ -102,9 +139,22 @@ def finish_prompt(
   state = state._replace(pages=reading.pages)
   if placement is not None:
     state = state._replace(rows=_place(state.rows, placement, reading.kept))
-  sampled = Sampled(_sample(reading.logits[None]))
-  tokens = state.tokens.at[slot].set(sampled.tokens[0])
-  return state._replace(tokens=tokens), sampled, reading.kept
+  one = Drawing(
+    start.sampling,
+    start.in_prompt,
+    jnp.zeros(start.in_prompt.shape, jnp.int32),
+    jnp.zeros((), jnp.int32),
+  )
+  sampled = _sample(
+    reading.logits[None],
+    jax.tree.map(lambda x: jnp.asarray(x)[None], one),
+    jnp.zeros(1, jnp.int32),
+  )
+  one = one._replace(tokens=sampled.tokens[0])
+  drawing = jax.tree.map(
+    lambda all_, mine: all_.at[start.slot].set(mine), state.drawing, one
+  )
+  return state._replace(drawing=drawing), sampled, reading.kept
 
 
 def place_rows(
@@ -126,27 +176,30 @@ def step(
 ) -> tuple[State, Sampled]:
   """One token for every active slot."""
   slots = told.active.shape[0]
-  tokens = state.tokens[:slots]
+  drawing = jax.tree.map(lambda x: x[:slots], state.drawing)
   rows, row_step = state.rows.first(slots).take_token(
     told.active, told.new_pages, told.drop, state.pages.page_size
   )
+  tokens = jnp.where(told.forced >= 0, told.forced, drawing.tokens)
   logits, pages = decode(
     model,
     state.pages,
     rows,
     row_step,
-    jnp.where(told.forced >= 0, told.forced, tokens),
+    tokens,
     told.active,
     entries=entries,
   )
-  sampled = Sampled(_sample(logits))
-  tokens = jnp.where(told.active > 0, sampled.tokens, tokens)
-  state = State(
-    pages,
-    state.rows.with_first(rows),
-    state.tokens.at[:slots].set(tokens),
+  counts = drawing.answer_counts.at[jnp.arange(slots), tokens].add(told.active)
+  drawing = drawing._replace(answer_counts=counts)
+  sampled = _sample(logits, drawing, rows.written)
+  drawing = drawing._replace(
+    tokens=jnp.where(told.active > 0, sampled.tokens, drawing.tokens)
   )
-  return state, sampled
+  drawing = jax.tree.map(
+    lambda all_, some: all_.at[:slots].set(some), state.drawing, drawing
+  )
+  return State(pages, state.rows.with_first(rows), drawing), sampled
 
 
 def _place(rows: Rows, placement: Placement, kept: Kept) -> Rows:
@@ -160,5 +213,9 @@ def _place(rows: Rows, placement: Placement, kept: Kept) -> Rows:
   )
 
 
-def _sample(logits: Float[Array, "b V"]) -> Int[Array, " b"]:
-  return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+def _sample(
+  logits: Float[Array, "b V"], drawing: Drawing, index: Int[Array, " b"]
+) -> Sampled:
+  return sample(
+    logits, drawing.sampling, index, drawing.in_prompt, drawing.answer_counts
+  )
