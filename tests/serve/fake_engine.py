@@ -14,6 +14,7 @@ from jaxheads.serve.request import Event, QueueFull, Request
 
 VOCAB = 257
 EOT = 256
+ABOUT = {"policy": "fixed", "budget": 1.0, "num_layers": 3, "num_kv_heads": 4}
 # A text as a byte-level model might write it: also characters of several bytes.
 _TEXT = "the cat sat on the mat; né, 😀 x = [1, 2]\n".encode()
 
@@ -151,17 +152,13 @@ class FakeEngine:
       budget = 0.5 if request.budget is None else request.budget
       kept = max(1, round(prompt * max(0.0, 2 * budget - 1)))
       full = budget >= 1
-      layers = [
-        [
-          {
-            "tokens": (prompt if full or head < 2 - layer % 2 else kept)
-            + generated,
-            "full": full or head < 2 - layer % 2,
-            "pages": 0.25,
-          }
-          for head in range(4)
-        ]
-        for layer in range(3)
+      heads = range(4)
+      whole = [
+        [full or head < 2 - layer % 2 for head in heads] for layer in range(3)
+      ]
+      tokens = [
+        [(prompt if is_full else kept) + generated for is_full in row]
+        for row in whole
       ]
       told.append(
         {
@@ -169,8 +166,12 @@ class FakeEngine:
           "prompt_tokens": prompt,
           "generated_tokens": generated,
           "budget": budget,
-          "kept_fraction": budget,
-          "layers": layers,
+          "kept_fraction": sum(map(sum, tokens))
+          / (12 * (prompt + generated)),
+          "kept_page_fraction": 0.75,
+          "tokens": tokens,
+          "pages": [[1 + count // 16 for count in row] for row in tokens],
+          "full": whole,
         }
       )
     return told
@@ -187,7 +188,9 @@ def main() -> None:
   parser.add_argument("--port", type=int, default=0)
   options = parser.parse_args()
   engine = FakeEngine(turn_s=options.turn_s, hang_at=options.hang_at)
-  served = Served(name="fake", tokenizer=ByteTokenizer(), context=256)
+  served = Served(
+    name="fake", tokenizer=ByteTokenizer(), context=256, about=ABOUT
+  )
   status = serve(
     engine,
     served,

@@ -13,6 +13,7 @@ import uvicorn
 from jaxheads.data import ByteTokenizer
 from jaxheads.serve.http import Limits, Served, create_app
 from jaxheads.serve.runner import Runner
+from tests.serve.fake_engine import ABOUT
 
 
 class Live:
@@ -77,7 +78,9 @@ def live(engine, *, limits=Limits(), context=256, name="fake"):
   async def run():
     runner = Runner(engine)
     runner.start()
-    served = Served(name=name, tokenizer=ByteTokenizer(), context=context)
+    served = Served(
+      name=name, tokenizer=ByteTokenizer(), context=context, about=ABOUT
+    )
     server = uvicorn.Server(
       uvicorn.Config(
         create_app(runner, served, limits),
