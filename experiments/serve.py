@@ -1,10 +1,10 @@
 """Serves a model that `train_moh.py` has trained, over HTTP.
 
-python experiments/serve.py                       the newest run in runs/; if
-                                                  there is none, trains one first
+python experiments/serve.py              the newest run in runs/; without any,
+                                         trains a small one first
 python experiments/serve.py --run runs/NAME --port 9000
 python experiments/serve.py --policy snapkv --budget 0.5
-python experiments/serve.py --help                every flag
+python experiments/serve.py --help       every flag
 
 The API is OpenAI's (`/v1/completions`, `/v1/chat/completions`); the page at `/`
 shows what each head keeps. SIGTERM or Ctrl-C finishes what runs and ends.
@@ -110,7 +110,7 @@ def policy_settings(name: str, context: int, theta: float) -> dict[str, Any]:
     "theta": theta,
   }
   sinks = min(16, max(4, context // 256))
-  return {
+  settings: dict[str, dict[str, Any]] = {
     "task_kv": {**window, "sinks": sinks, "recent": recent, "top": 2 * recent},
     "snapkv": window,
     "pyramid": window,
@@ -118,7 +118,8 @@ def policy_settings(name: str, context: int, theta: float) -> dict[str, Any]:
     "ada_pyramid": window,
     "expected": expected,
     "ada_expected": expected,
-  }.get(name, {})
+  }
+  return settings.get(name, {})
 
 
 def serve(options: Options) -> int:

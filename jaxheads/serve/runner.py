@@ -11,26 +11,18 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol, TypeVar
 
+from jaxheads.serve.engine import EngineStats
 from jaxheads.serve.request import Event, FinishReason, QueueFull, Request
 
 _T = TypeVar("_T")
+# Events that wait for a reader before it is given up, and what it gets at once:
+# so that one reader neither fills the memory nor keeps the others waiting.
+_MOST_WAITING = 8192
+_MOST_AT_ONCE = 64
 _log = logging.getLogger("jaxheads")
 
 
-class Stats(Protocol):
-  """What an engine counts."""
-
-  waiting: int
-  running: int
-  pages_total: int
-  pages_used: int
-  pages_cached: int
-  preemptions: int
-  tokens_generated: int
-  compilations: int
-
-
-class Engine(Protocol):
+class AnyEngine(Protocol):
   """What the runner asks of an engine; all of it from one thread."""
 
   def submit(self, request: Request) -> None:
@@ -45,7 +37,7 @@ class Engine(Protocol):
   def has_work(self) -> bool:
     """Whether another turn would do anything."""
 
-  def stats(self) -> Stats: ...
+  def stats(self) -> EngineStats: ...
 
   def snapshot(self) -> list[dict[str, Any]]:
     """What each running sequence keeps, by layer and head."""
@@ -53,6 +45,10 @@ class Engine(Protocol):
 
 class Draining(RuntimeError):
   """The runner is about to stop and takes no more requests."""
+
+
+class SlowReader(RuntimeError):
+  """Too much had come before the reader asked for it."""
 
 
 class EngineFailed(RuntimeError):
@@ -64,7 +60,8 @@ class Answers:
 
   An asynchronous iterator over what came since it was last asked: non-empty
   lists of (time in seconds, event). It ends when every request has. A reader
-  that is slow gets longer lists, never more of them: nothing waits for it.
+  that is slow gets longer lists: nothing waits for it, and when it lags too far
+  behind, its requests are cancelled and it gets a `SlowReader`.
 
   As a context manager it cancels, at its end, what still runs.
   """
@@ -74,6 +71,7 @@ class Answers:
     self._open = set(request_ids)
     self._arrived: collections.deque[tuple[float, Event]] = collections.deque()
     self._news = asyncio.Event()
+    self._lost = False
 
   def cancel(self, *request_ids: str) -> None:
     """Ends some of the requests, by default all; they report nothing more."""
@@ -92,9 +90,11 @@ class Answers:
         raise StopAsyncIteration
       self._news.clear()
       await self._news.wait()
-    batch = list(self._arrived)
-    self._arrived.clear()
-    return batch
+    await asyncio.sleep(0)  # Others may have less to read.
+    if self._lost:
+      raise SlowReader
+    most = min(len(self._arrived), _MOST_AT_ONCE)
+    return [self._arrived.popleft() for _ in range(most)]
 
   async def __aenter__(self) -> "Answers":
     return self
@@ -105,13 +105,16 @@ class Answers:
   def _deliver(self, stamp: float, event: Event) -> None:
     if event.request_id not in self._open:
       return  # Cancelled while this was under way.
+    if len(self._arrived) >= _MOST_WAITING:
+      self._lost = True
+      self.cancel()
+      return
     self._arrived.append((stamp, event))
     if event.finish is not None:
       self._open.discard(event.request_id)
       if not self._open:
         self._runner._ended(self)
     self._news.set()
-
 
   def _abandon(self) -> None:
     """Ends the requests when the engine can no longer say so."""
@@ -135,7 +138,7 @@ class Runner:
     draining: Whether `close` has been called.
   """
 
-  def __init__(self, engine: Engine) -> None:
+  def __init__(self, engine: AnyEngine) -> None:
     self.failure: BaseException | None = None
     self.draining = False
     self._engine = engine
@@ -182,7 +185,7 @@ class Runner:
       raise
     return answers
 
-  async def ask(self, question: Callable[[Engine], _T]) -> _T:
+  async def ask(self, question: Callable[[AnyEngine], _T]) -> _T:
     """What `question` returns of the engine, between two turns.
 
     Raises:
@@ -294,7 +297,7 @@ class Runner:
         yield self._commands.get_nowait()
 
   def _admit(
-    self, engine: Engine, requests: Sequence[Request], answers: Answers
+    self, engine: AnyEngine, requests: Sequence[Request], answers: Answers
   ) -> None:
     taken = []
     try:

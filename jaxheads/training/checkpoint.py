@@ -182,7 +182,7 @@ def saved_steps(directory: pathlib.Path) -> list[int]:
 
 
 def newest_run(runs: pathlib.Path) -> pathlib.Path | None:
-  """The run in the folder `runs` that began last, of those with a checkpoint."""
+  """The run in `runs` that began last, of those with a checkpoint."""
   found = [
     path.parent
     for path in runs.glob("*/config.json")

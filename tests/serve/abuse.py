@@ -1,4 +1,4 @@
-"""Many clients at once: good ones, ones that leave, and ones that send rubbish."""
+"""Many clients at once: some are good, some leave, some send rubbish."""
 
 import asyncio
 import collections

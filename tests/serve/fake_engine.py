@@ -9,7 +9,9 @@ import dataclasses
 import random
 import sys
 import time
+from collections.abc import Iterator
 
+from jaxheads.serve.engine import EngineStats
 from jaxheads.serve.request import Event, QueueFull, Request
 
 VOCAB = 257
@@ -19,24 +21,16 @@ ABOUT = {"policy": "fixed", "budget": 1.0, "num_layers": 3, "num_kv_heads": 4}
 _TEXT = "the cat sat on the mat; né, 😀 x = [1, 2]\n".encode()
 
 
-@dataclasses.dataclass(frozen=True)
-class Stats:
-  waiting: int = 0
-  running: int = 0
-  pages_total: int = 100
-  pages_used: int = 0
-  pages_cached: int = 0
-  preemptions: int = 0
-  tokens_generated: int = 0
-  compilations: int = 2
-
-
 def answer(request: Request) -> list[Event]:
   """All events of a request: what an engine gives offline."""
+  return list(events_of(request))
+
+
+def events_of(request: Request) -> Iterator[Event]:
+  """The same, one by one."""
   params = request.params
   draw = random.Random(f"{request.prompt} {params.seed}")
   start = 0 if params.temperature == 0 else draw.randrange(len(_TEXT))
-  events: list[Event] = []
   for index in range(params.max_tokens):
     token = _TEXT[(start + index) % len(_TEXT)]
     if params.temperature > 0 and draw.random() < 0.01:
@@ -46,20 +40,24 @@ def answer(request: Request) -> list[Event]:
     if not stopped and index == params.max_tokens - 1:
       finish = "length"
     told = params.logprobs
-    events.append(
-      Event(
-        request_id=request.id,
-        token=token,
-        logprob=None if told is None else -0.5 - index % 4,
-        top_logprobs=tuple(
-          ((token + offset) % VOCAB, -0.5 - offset) for offset in range(told or 0)
-        ),
-        finish=finish,
-      )
+    yield Event(
+      request_id=request.id,
+      token=token,
+      logprob=None if told is None else -0.5 - index % 4,
+      top_logprobs=tuple(
+        ((token + offset) % VOCAB, -0.5 - offset) for offset in range(told or 0)
+      ),
+      finish=finish,
     )
     if finish:
-      break
-  return events
+      return
+
+
+@dataclasses.dataclass
+class _Running:
+  request: Request
+  events: Iterator[Event]
+  generated: int = 0
 
 
 class FakeEngine:
@@ -95,7 +93,7 @@ class FakeEngine:
     self.submitted: list[Request] = []
     self._generated = 0
     self._waiting: collections.deque[Request] = collections.deque()
-    self._running: dict[str, tuple[Request, collections.deque[Event]]] = {}
+    self._running: dict[str, _Running] = {}
 
   def submit(self, request: Request) -> None:
     if request.budget is not None and not 0 < request.budget <= 1:
@@ -123,10 +121,10 @@ class FakeEngine:
     time.sleep(self.turn_s)
     while self._waiting and len(self._running) < self.batch:
       request = self._waiting.popleft()
-      events = collections.deque(answer(request))
-      self._running[request.id] = (request, events)
-    told = [events.popleft() for _, events in self._running.values()]
+      self._running[request.id] = _Running(request, events_of(request))
+    told = [next(running.events) for running in self._running.values()]
     for event in told:
+      self._running[event.request_id].generated += 1
       if event.finish:
         del self._running[event.request_id]
     self._generated += len(told)
@@ -135,20 +133,24 @@ class FakeEngine:
   def has_work(self) -> bool:
     return bool(self._waiting or self._running)
 
-  def stats(self) -> Stats:
-    return Stats(
+  def stats(self) -> EngineStats:
+    return EngineStats(
       waiting=len(self._waiting),
       running=len(self._running),
+      pages_total=100,
       pages_used=10 * len(self._running),
+      pages_cached=0,
+      preemptions=0,
+      compilations=2,
       tokens_generated=self._generated,
     )
 
   def snapshot(self) -> list[dict]:
     """Two of four heads are full, the others keep what the budget leaves."""
     told = []
-    for request, events in self._running.values():
+    for running in self._running.values():
+      request, generated = running.request, running.generated
       prompt = len(request.prompt)
-      generated = len(answer(request)) - len(events)
       budget = 0.5 if request.budget is None else request.budget
       kept = max(1, round(prompt * max(0.0, 2 * budget - 1)))
       full = budget >= 1
@@ -166,8 +168,7 @@ class FakeEngine:
           "prompt_tokens": prompt,
           "generated_tokens": generated,
           "budget": budget,
-          "kept_fraction": sum(map(sum, tokens))
-          / (12 * (prompt + generated)),
+          "kept_fraction": sum(map(sum, tokens)) / (12 * (prompt + generated)),
           "kept_page_fraction": 0.75,
           "tokens": tokens,
           "pages": [[1 + count // 16 for count in row] for row in tokens],

@@ -11,7 +11,7 @@ import openai
 import uvicorn
 
 from jaxheads.data import ByteTokenizer
-from jaxheads.serve.http import Limits, Served, create_app
+from jaxheads.serve.http import Served, create_app
 from jaxheads.serve.runner import Runner
 from tests.serve.fake_engine import ABOUT
 
@@ -70,7 +70,7 @@ class Live:
 
 
 @contextlib.contextmanager
-def live(engine, *, limits=Limits(), context=256, name="fake"):
+def live(engine, *, limits=None, context=256, name="fake"):
   """Serves `engine` within; afterwards nothing of it is left."""
   ready = threading.Event()
   held = {}
@@ -92,9 +92,7 @@ def live(engine, *, limits=Limits(), context=256, name="fake"):
         ws="none",
       )
     )
-    held.update(
-      server=server, runner=runner, loop=asyncio.get_running_loop()
-    )
+    held.update(server=server, runner=runner, loop=asyncio.get_running_loop())
     serving = asyncio.create_task(server.serve())
     while not server.started:
       await asyncio.sleep(0.005)

@@ -258,7 +258,7 @@ def test_chat_streams_and_tells_logprobs(client):
   assert [entry.bytes for entry in entries[-2:]] == [None, None]
 
 
-def test_the_answer_of_a_chat_ends_at_the_next_turn(server, client, monkeypatch):
+def test_an_answer_in_a_chat_ends_at_the_next_turn(server, client, monkeypatch):
   monkeypatch.setattr(fake_engine, "_TEXT", b"fine.\nuser: and you?")
   answer = client.chat.completions.create(
     model="fake", messages=[{"role": "user", "content": "x"}], temperature=0
@@ -567,8 +567,7 @@ def test_a_client_that_does_not_read_holds_up_nobody():
       connection.connect(("127.0.0.1", server.port))
       connection.sendall(
         b"POST /v1/completions HTTP/1.1\r\nhost: x\r\n"
-        b"content-length: %d\r\n\r\n" % len(request)
-        + request
+        b"content-length: %d\r\n\r\n" % len(request) + request
       )
       connection.recv(100)
       with server.client() as client:

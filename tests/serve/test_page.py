@@ -140,7 +140,7 @@ def test_a_chat_by_keyboard_alone(page):
 
 
 def test_errors_are_told(page):
-  chrome, server = page
+  chrome, _ = page
   fill(chrome, prompt="x" * 300)
   find(chrome, "send").click()
   text_of(chrome, "alert", "context is 256 tokens")

@@ -1,4 +1,6 @@
-"""Tokens to text: never taken back, and cut at the same place however it comes."""
+"""Tokens to text: never taken back, cut in the same place however it comes."""
+
+import itertools
 
 import hypothesis
 import hypothesis.strategies as st
@@ -86,9 +88,7 @@ def test_stream_with_a_decoder_that_looks_at_neighbours(sentencepiece):
 def cut(text, stops):
   """Character by character: the first stop string that is complete."""
   for end in range(len(text) + 1):
-    starts = [
-      end - len(stop) for stop in stops if text[:end].endswith(stop)
-    ]
+    starts = [end - len(stop) for stop in stops if text[:end].endswith(stop)]
     if starts:
       return text[: min(starts)], True
   return text, False
@@ -105,13 +105,15 @@ def test_stop_strings_do_not_depend_on_token_borders(text, stops, cuts):
   stream = StopStrings(stops)
   shown = ""
   expected, found = cut(text, stops)
-  for start, end in zip(borders, borders[1:], strict=False):
+  for start, end in itertools.pairwise(borders):
     shown += stream.push(text[start:end])
     assert expected.startswith(shown)
     # Nothing is held back that cannot become a stop string.
     late = text[len(shown) : end]
-    assert stream.found or any(stop.startswith(late) for stop in stops) or (
-      late == ""
+    assert (
+      stream.found
+      or any(stop.startswith(late) for stop in stops)
+      or (late == "")
     )
   assert stream.found == found
   assert shown + stream.flush() == expected

@@ -286,7 +286,7 @@ class _Api:
     prefix = "chatcmpl" if isinstance(asked, schema.Chat) else "cmpl"
     name = f"{prefix}-{uuid.uuid4().hex}"
     eot = self.served.tokenizer.eot
-    requests = []
+    requests: list[engine_request.Request] = []
     for prompt in prompts:
       sampling = asked.sampling(
         max_tokens=self._max_tokens(asked, len(prompt)),
@@ -550,9 +550,7 @@ async def _http_error(request: Request, error: Exception) -> Response:
 
 async def _engine_failed(request: Request, error: Exception) -> Response:
   del request, error
-  return ApiError(
-    500, "the engine has failed", code="engine_failed"
-  ).response()
+  return ApiError(500, "the engine has failed", code="engine_failed").response()
 
 
 async def _unexpected(request: Request, error: Exception) -> Response:
@@ -562,7 +560,7 @@ async def _unexpected(request: Request, error: Exception) -> Response:
 
 
 def create_app(
-  runner: Runner, served: Served, limits: Limits = Limits()
+  runner: Runner, served: Served, limits: Limits | None = None
 ) -> Starlette:
   """The application.
 
@@ -571,7 +569,7 @@ def create_app(
     served: The model.
     limits: What one request may ask for.
   """
-  api = _Api(runner, served, limits)
+  api = _Api(runner, served, limits or Limits())
   return Starlette(
     routes=[
       Route("/", api.page),

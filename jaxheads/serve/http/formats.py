@@ -34,6 +34,7 @@ class _Format:
     self._head = {"id": id, "created": int(time.time()), "model": model}
     self._tokenizer = tokenizer
     self._logprobs = logprobs
+    self._texts: dict[int, str] = {}
 
   def _object(self, kind: str, choices: list, **more: Any) -> dict[str, Any]:
     return {**self._head, "object": kind, "choices": choices, **more}
@@ -41,8 +42,13 @@ class _Format:
   def _text(self, token: int | None) -> str:
     """A token's text, or `token_id:` and its number where it is none."""
     assert token is not None
-    text = self._tokenizer.decode([token])
-    return text if text and "\ufffd" not in text else f"token_id:{token}"
+    text = self._texts.get(token)
+    if text is None:
+      text = self._tokenizer.decode([token])
+      if not text or "\ufffd" in text:
+        text = f"token_id:{token}"
+      self._texts[token] = text
+    return text
 
 
 class CompletionFormat(_Format):

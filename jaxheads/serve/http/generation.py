@@ -7,7 +7,7 @@ from jaxheads.data import Tokenizer
 from jaxheads.serve.http.errors import ApiError
 from jaxheads.serve.http.metrics import TokenClock
 from jaxheads.serve.request import Event, FinishReason
-from jaxheads.serve.runner import Answers
+from jaxheads.serve.runner import Answers, SlowReader
 from jaxheads.serve.text import StopStrings, TextStream
 
 
@@ -105,7 +105,15 @@ class Generation:
     Raises:
       ApiError: The engine failed, or stopped before the end.
     """
-    async for batch in self._answers:
+    while True:
+      try:
+        batch = await anext(self._answers)
+      except StopAsyncIteration:
+        return
+      except SlowReader:
+        raise ApiError(
+          408, "the answer was not read fast enough", code="reader_too_slow"
+        ) from None
       pieces: dict[int, Piece] = {}
       for stamp, event in batch:
         index = self._index[event.request_id]

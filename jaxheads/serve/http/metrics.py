@@ -11,7 +11,7 @@ from prometheus_client import (
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from jaxheads.serve.runner import Stats
+from jaxheads.serve.engine import EngineStats
 
 _SECONDS = (
   *(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5),
@@ -30,7 +30,7 @@ class Metrics(Collector):
 
   def __init__(self) -> None:
     self._registry = CollectorRegistry()
-    self.stats: Stats | None = None
+    self.stats: EngineStats | None = None
     self.requests = Counter(
       "jaxheads_requests",
       "Requests for answers, by outcome.",

@@ -240,10 +240,10 @@ CHAT_STOP = "\nuser:"
 
 
 def chat_prompt(messages: Iterable[Message]) -> str:
-  """The messages as a transcript, up to where the assistant's answer begins.
+  r"""The messages as a transcript, up to where the assistant's answer begins.
 
   >>> chat_prompt([Message(role="user", content="Hello!")])
-  'user: Hello!\\nassistant:'
+  'user: Hello!\nassistant:'
   """
   lines = (f"{message.role}: {message.content}\n" for message in messages)
   return f"{''.join(lines)}assistant:"

@@ -12,19 +12,19 @@ import uvicorn
 
 from jaxheads.errors import UserError
 from jaxheads.serve.http.app import Limits, Served, create_app
-from jaxheads.serve.runner import Engine, Runner
+from jaxheads.serve.runner import AnyEngine, Runner
 
 # So long may connections take to send what is left for them at the end.
 _LAST_BYTES_S = 5
 
 
 def serve(
-  engine: Engine,
+  engine: AnyEngine,
   served: Served,
   *,
   host: str,
   port: int,
-  limits: Limits = Limits(),
+  limits: Limits | None = None,
   grace_s: float = 30.0,
   say: Callable[[str], None] = print,
 ) -> int:
@@ -36,6 +36,7 @@ def serve(
 
   Args:
     host, port: Where to listen; port 0 takes a free one.
+    limits: What one request may ask for.
     say: Told where the server listens, and why it ends.
   Returns:
     Exit status: 0 after SIGTERM, 130 after Ctrl-C, 1 if the engine hangs.
@@ -63,13 +64,11 @@ class _Server(uvicorn.Server):
     yield
 
 
-
-
 async def _serve(
-  engine: Engine,
+  engine: AnyEngine,
   served: Served,
   listener: socket.socket,
-  limits: Limits,
+  limits: Limits | None,
   *,
   grace_s: float,
   say: Callable[[str], None],
