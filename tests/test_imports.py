@@ -26,6 +26,8 @@ PUBLIC = [
   "jaxheads.nn",
   "jaxheads.rope",
   "jaxheads.s2",
+  "jaxheads.serve",
+  "jaxheads.serve.http",
   "jaxheads.sharding",
   "jaxheads.training",
   "pallas_kernels",
@@ -120,14 +122,15 @@ def test_importing_the_library_stays_light():
   loaded = set(json.loads(result.stdout))
   assert "jaxheads" in loaded
   heavy = {"matplotlib", "tensorboardX", "grain", "tyro", "datasets"}
+  heavy |= {"starlette", "uvicorn", "pydantic"}
   assert loaded & heavy == set()
 
 
 def test_lowest_constraints_are_the_declared_lower_bounds():
   project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-  requirements = (
-    project["dependencies"] + project["optional-dependencies"]["test"]
-  )
+  extras = project["optional-dependencies"]
+  requirements = project["dependencies"] + extras["serve"] + extras["test"]
+  requirements.remove("jaxheads[serve]")
   declared = {}
   for requirement in requirements:
     spec, _, marker = requirement.partition(";")

@@ -5,19 +5,12 @@ import io
 import pathlib
 import sys
 
-import jax
 import pytest
-from flax import nnx
 
 from jaxheads.data import ByteTokenizer
 from jaxheads.models import generate
-from jaxheads.training import (
-  Checkpointer,
-  ModelOptions,
-  RunFolder,
-  TrainConfig,
-  TrainState,
-)
+from jaxheads.training import ModelOptions, RunFolder, TrainConfig
+from tests.experiments.checkpoints import save_checkpoints
 from tests.models.builders import ROUTED, small_config, small_model
 
 SCRIPT = pathlib.Path(__file__).parents[2] / "experiments" / "sample.py"
@@ -45,22 +38,7 @@ def runs(tmp_path_factory):
     run.create(TrainConfig(model=ModelOptions(max_seq_len=32)), CONFIG)
     if name == "train_moh-3":
       continue
-    _, params, rest = nnx.split(small_model(CONFIG, seed), nnx.Param, ...)
-    checkpointer = Checkpointer(run.checkpoints, keep=2)
-    for step in (10, 20):
-      state = TrainState(
-        step=jax.numpy.asarray(step),
-        params=nnx.to_pure_dict(params),
-        rest=nnx.to_pure_dict(rest),
-        opt_state={"count": jax.numpy.asarray(step)},
-      )
-      checkpointer.save(
-        step,
-        state,
-        record={"model": CONFIG.to_dict()},
-        validation_loss=float(step),
-      )
-    checkpointer.close()
+    save_checkpoints(run, small_model(CONFIG, seed), steps=(10, 20))
   return root
 
 

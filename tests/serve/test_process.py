@@ -6,8 +6,6 @@ import pathlib
 import signal
 import subprocess
 import sys
-import threading
-import time
 
 import openai
 import pytest
@@ -39,33 +37,27 @@ def serving(*options):
     process.stdout.close()
 
 
-def streaming(client):
+def streaming(client, max_tokens=100):
   stream = client.completions.create(
-    model="fake", prompt="a", max_tokens=100, temperature=0, stream=True
+    model="fake", prompt="a", max_tokens=max_tokens, temperature=0, stream=True
   )
   next(stream)
   return stream
 
 
-def test_sigterm_finishes_what_runs_and_exits_with_0():
-  with serving("--turn-s", "0.01") as (process, client):
-    stream = streaming(client)
+def test_sigterm_finishes_what_runs_within_the_grace_period():
+  options = ("--turn-s", "0.02", "--grace-s", "2")
+  with serving(*options) as (process, client):
+    short = streaming(client, max_tokens=30)
+    long = streaming(client, max_tokens=250)
     process.send_signal(signal.SIGTERM)
-    assert list(stream)[-1].choices[0].finish_reason == "length"
+    assert list(short)[-1].choices[0].finish_reason == "length"
+    with pytest.raises(openai.APIError, match="stopped before the end"):
+      list(long)
     assert process.wait(20) == 0
     said = process.stdout.read()
     assert "SIGTERM: finishing what runs" in said
     assert said.endswith("stopped\n")
-
-
-def test_what_outlasts_the_grace_period_gets_an_error():
-  options = ("--turn-s", "0.1", "--grace-s", "0.3")
-  with serving(*options) as (process, client):
-    stream = streaming(client)
-    process.send_signal(signal.SIGINT)
-    with pytest.raises(openai.APIError, match="stopped before the end"):
-      list(stream)
-    assert process.wait(20) == 130
 
 
 def test_a_second_sigterm_ends_at_once_even_if_the_engine_hangs():
@@ -75,32 +67,5 @@ def test_a_second_sigterm_ends_at_once_even_if_the_engine_hangs():
     assert "finishing" in process.stdout.readline()
     process.send_signal(signal.SIGTERM)
     assert process.wait(5) == 128 + signal.SIGTERM
-    with pytest.raises((openai.APIError, OSError, Exception)):
+    with pytest.raises(Exception, match="onnection"):
       list(stream)
-
-
-def test_clients_of_a_killed_server_get_an_error_and_no_hang():
-  with serving("--turn-s", "0.05") as (process, client):
-    outcomes = []
-
-    def read(stream):
-      try:
-        outcomes.append(list(stream))
-      except Exception as error:
-        outcomes.append(error)
-
-    streams = [streaming(client) for _ in range(3)]
-    readers = [
-      threading.Thread(target=read, args=(stream,)) for stream in streams
-    ]
-    for reader in readers:
-      reader.start()
-    time.sleep(0.2)
-    process.kill()
-    for reader in readers:
-      reader.join(10)
-      assert not reader.is_alive()
-    assert len(outcomes) == 3
-    assert all(isinstance(outcome, Exception) for outcome in outcomes)
-    with pytest.raises(openai.APIConnectionError):
-      streaming(client)

@@ -43,10 +43,12 @@ def serve(
   Raises:
     UserError: It cannot listen there.
   """
+  if not 0 <= port < 2**16:
+    raise UserError(f"`--port` must be in [0, 65535], got {port}")
   family = socket.AF_INET6 if ":" in host else socket.AF_INET
   try:
     listener = socket.create_server((host, port), family=family, backlog=2048)
-  except (OSError, OverflowError) as error:
+  except OSError as error:
     raise UserError(
       f"`--host` {host} `--port` {port}: cannot listen there: {error}"
     ) from error
