@@ -1,10 +1,12 @@
 """The scheduler's promises, one by one; the random worlds mix them."""
 
 import dataclasses
+import pathlib
 
 import numpy as np
 import pytest
 
+import jaxheads
 from jaxheads.kvcache import CacheShape, Plan
 from jaxheads.serve.request import QueueFull, Request, SamplingParams
 from jaxheads.serve.scheduler import Scheduler
@@ -55,6 +57,19 @@ def run(s, turns=99):
       s.record(name, (7,))
     done.append(turn)
   return done
+
+
+def test_the_host_part_needs_no_jax():
+  root = pathlib.Path(jaxheads.__file__).parent
+  names = "allocator prefix row_table rows".split()
+  files = [root / "kvcache" / f"{name}.py" for name in names]
+  names = "request scheduler sequence stats turn".split()
+  files += [root / "serve" / f"{name}.py" for name in names]
+  for path in files:
+    assert "import jax\n" not in path.read_text(), path
+    assert "from jax" not in path.read_text().replace(
+      "from jaxheads", ""
+    ).replace("from jaxtyping", ""), path
 
 
 def test_one_request_alone():
