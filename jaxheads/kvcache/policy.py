@@ -24,7 +24,8 @@ class Plan(NamedTuple):
     lengths: Tokens that each row slot keeps of the prompt, descending along
       slots; an upper bound if the policy's lengths depend on the prompt.
     rings: 0 for a row slot that grows by every generated token; otherwise
-      generated tokens overwrite, oldest first, the last so many of the row.
+      generated tokens overwrite, oldest first, the last so many of the row,
+      which must be there.
     layers: What `Policy.keep` needs besides, int32 or float32, each with a
       leading axis of layers.
     heads: The KV head of each row slot, for policies whose `drops` give pages
@@ -105,8 +106,9 @@ class Policy(Protocol):
   ) -> Int[np.ndarray, "R K"] | None:
     """Pages that rows give up before the token at `position` is written.
 
-    Asked when `position` is a multiple of `page_size`, the first position
-    after the prompt included.
+    Asked when `position` is a multiple of `page_size`, from the first
+    generated token on: `plan` tells what rows hold before that. Only full
+    pages can go, and none that holds a part of the row's ring.
 
     Returns:
       For each KV head (see `Plan.heads` for its row slot) the index, among the

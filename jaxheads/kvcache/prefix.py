@@ -94,8 +94,9 @@ class PrefixCache:
         self._idle_pages -= entry.pages.size
         self._used[key] = entry
       entry.users += 1
-      self._allocator.share(entry.pages)
       pages.append(entry.pages)
+    if pages:
+      self._allocator.share(np.concatenate(pages))
     return pages
 
   def release(self, keys: Sequence[bytes]) -> None:
@@ -116,13 +117,16 @@ class PrefixCache:
     Blocks that are here already stay as they are, and count as used now. The
     caller keeps its ownership of `pages`.
     """
+    new = []
     for key, block in reversed(list(zip(keys, pages, strict=True))):
       if key in self._idle:
         self._idle.move_to_end(key)
       elif key not in self._used:
-        self._allocator.share(block)
         self._idle[key] = _Entry(block.copy(), 0)
         self._idle_pages += block.size
+        new.append(block)
+    if new:
+      self._allocator.share(np.concatenate(new))
 
   def evict(self, count: int) -> None:
     """Frees idle entries until `count` pages are free or none is idle."""

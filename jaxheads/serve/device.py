@@ -1,5 +1,6 @@
 """The device's part of the engine: its arrays, and the programs it has."""
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -21,6 +22,10 @@ from jaxheads.serve.request import Request
 from jaxheads.serve.sampling import Sampled, Sampling
 from jaxheads.serve.state import Rows
 from jaxheads.serve.turn import Compact, Decode, Prefill, Turn
+
+# The list of a layer's pages has this many entries, 4 times as many, and so
+# on: unused ones cost next to nothing.
+_LEAST_ENTRIES = 64
 
 
 class Outputs(NamedTuple):
@@ -84,13 +89,13 @@ class Device:
     self._kept: dict[int, Kept] = {}
     graphdef, variables = nnx.split(model)
 
-    def program(run: Callable[..., Any], *static: str) -> "_Program":
-      return _Program(run, graphdef, variables, static)
+    def program(run: Callable[..., Any]) -> "_Program":
+      return _Program(run, graphdef, variables)
 
     self._read_on = program(programs.read_on)
-    self._finish_prompt = program(programs.finish_prompt, "policy")
+    self._finish_prompt = program(programs.finish_prompt)
     self._place_rows = program(programs.place_rows)
-    self._step = program(programs.step, "entries")
+    self._step = program(programs.step)
 
   @property
   def num_compiled(self) -> int:
@@ -159,11 +164,8 @@ class Device:
       told = Step(
         each, np.zeros(rows, np.int32), np.zeros(rows, np.int32), each
       )
-      most = self._most_entries(slots)
-      entries = 1
-      while entries < 2 * most:
-        self._step.prepare(self._state, told, entries=min(entries, most))
-        entries *= 2
+      for entries in self._entries(slots):
+        self._step.prepare(self._state, told, entries=entries)
 
   def _prefill(self, prefill: Prefill) -> Outputs:
     end = prefill.start + prefill.count
@@ -224,7 +226,7 @@ class Device:
       decode.drop[:, :slots],
       decode.forced[:slots],
     )
-    entries = min(power_of_two(decode.entries), self._most_entries(slots))
+    entries = next(n for n in self._entries(slots) if n >= decode.entries)
     self._state, sampled = self._step(self._state, told, entries=entries)
     return sampled
 
@@ -251,9 +253,15 @@ class Device:
       yield min(size, self._max_batch)
       size *= 2
 
-  def _most_entries(self, slots: int) -> int:
+  def _entries(self, slots: int) -> Iterator[int]:
+    """Sizes of the list of a layer's pages; the last has room for all."""
     pages = self._most_tokens // self._page_size
-    return slots * self._shape.num_kv_heads * pages
+    most = slots * self._shape.num_kv_heads * pages
+    size = _LEAST_ENTRIES
+    while size < most:
+      yield size
+      size *= 4
+    yield most
 
 
 class _Program:
@@ -267,33 +275,51 @@ class _Program:
     run: Callable[..., Any],
     graphdef: nnx.GraphDef,
     variables: nnx.State,
-    static: tuple[str, ...],
   ) -> None:
-    def merged(variables: nnx.State, *args: Any, **settings: Any) -> Any:
-      return run(nnx.merge(graphdef, variables), *args, **settings)
-
-    self._run = jax.jit(merged, static_argnames=static, donate_argnums=1)
+    self._run = run
+    self._graphdef = graphdef
     self._variables = variables
-    self._compiled: dict[Any, Callable[..., Any]] = {}
+    self._keys: set[Any] = set()
 
   @property
   def num_compiled(self) -> int:
-    return len(self._compiled)
+    """Sizes so far; programs of equal models are shared."""
+    return len(self._keys)
 
   def prepare(
     self, state: State, *args: Any, **settings: Any
   ) -> Callable[..., Any]:
     """Compiles for arguments of these shapes, unless that has been done."""
-    leaves, tree = jax.tree.flatten(args)
-    key = (tree, *(x.shape for x in leaves), *settings.items())
-    if key not in self._compiled:
-      lowered = self._run.lower(self._variables, state, *args, **settings)
-      self._compiled[key] = lowered.compile()
-    return self._compiled[key]
+    leaves, tree = jax.tree.flatten((self._variables, state, *args))
+    key = (tuple(map(_abstract, leaves)), tree, tuple(settings.items()))
+    self._keys.add(key)
+    return _compile(self._run, self._graphdef, *key)
 
   def __call__(self, state: State, *args: Any, **settings: Any) -> Any:
     run = self.prepare(state, *args, **settings)
     return run(self._variables, state, *args)
+
+
+@functools.lru_cache(maxsize=512)
+def _compile(
+  run: Callable[..., Any],
+  graphdef: nnx.GraphDef,
+  leaves: tuple[jax.ShapeDtypeStruct, ...],
+  tree: Any,
+  settings: tuple[tuple[str, Any], ...],
+) -> Callable[..., Any]:
+  def merged(variables: nnx.State, *args: Any) -> Any:
+    return run(nnx.merge(graphdef, variables), *args, **dict(settings))
+
+  merged.__name__ = run.__name__
+  jitted = jax.jit(merged, donate_argnums=1)
+  return jitted.lower(*tree.unflatten(leaves)).compile()
+
+
+def _abstract(x: Any) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct(
+    x.shape, x.dtype, sharding=getattr(x, "sharding", None)
+  )
 
 
 def _prompt(

@@ -10,6 +10,7 @@ from jaxheads.kvcache.policy import CacheShape, Plan, Policy
 from jaxheads.kvcache.prefix import PrefixCache, block_keys
 from jaxheads.kvcache.row_table import RowTable
 from jaxheads.kvcache.rows import (
+  RowStep,
   check_drops,
   check_rows,
   most_pages,
@@ -218,10 +219,11 @@ class Scheduler:
     self._finish_turn()
     preemptions = self.preemptions
     drops = self._drop()
+    step = self.rows.next_step(self._written())
     ready = next((s for s in self._active if self._is_settled(s)), None)
-    ready = self._make_room(ready)
+    ready = self._make_room(step, ready)
+    decode = self._decode(step, drops)
     compact = None if ready is None else self._compact(ready)
-    decode = self._decode(drops, but=ready)
     prefill = None
     if self._active and self._active[-1].state is State.PREFILLING:
       prefill = self._read_on(self._active[-1])
@@ -402,15 +404,18 @@ class Scheduler:
       drops[:, slot] = gone
     return drops
 
-  def _make_room(self, ready: Sequence | None) -> Sequence | None:
+  def _make_room(
+    self, step: RowStep, ready: Sequence | None
+  ) -> Sequence | None:
     """Preempts who came last until the others' pages are there.
 
     Args:
+      step: One more token in every slot.
       ready: Who may get its rows now.
     Returns:
       `ready`, if there is room for its rows too.
     """
-    needs = self.rows.next_step(self._written()).new_page.sum(axis=(0, 2))
+    needs = step.new_page.sum(axis=(0, 2))
     wanted = int(needs @ self._running())
     if ready is not None:
       assert ready.lengths is not None
@@ -429,16 +434,13 @@ class Scheduler:
     return ready
 
   def _decode(
-    self, drops: Int[np.ndarray, "R B K"], but: Sequence | None
+    self, step: RowStep, drops: Int[np.ndarray, "R B K"]
   ) -> Decode | None:
-    """One token for everyone who runs, except who gets its rows this turn."""
+    """One token for everyone who runs."""
     active = self._running()
-    if but is not None:
-      active[but.slot] = False
     slots = np.flatnonzero(active)
     if not slots.size:
       return None
-    step = self.rows.next_step(self._written())
     count = int(step.new_page[:, active].sum())
     new_pages = self.rows.take_step(step, active, self._allocate(count))
     drops[:, ~active] = -1

@@ -3,6 +3,7 @@ import dataclasses
 import hypothesis
 import hypothesis.strategies as st
 import jax
+import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -244,6 +245,28 @@ def test_new_settings_compile_nothing():
       np.zeros((1, V), np.int32),
     )
   assert traces == 1
+
+
+def unconditional(jaxpr):
+  for equation in jaxpr.eqns:
+    yield equation.primitive.name
+    if equation.primitive.name != "cond":
+      for inner in jax.extend.core.jaxprs_in_params(equation.params):
+        yield from unconditional(inner)
+
+
+def test_what_costs_is_done_on_demand():
+  B = 2
+  jaxpr = jax.make_jaxpr(sample)(
+    jnp.zeros((B, V)),
+    Sampling.idle(B),
+    np.zeros(B, np.int32),
+    np.zeros((B, V), bool),
+    np.zeros((B, V), np.int32),
+  )
+  always = set(unconditional(jaxpr.jaxpr))
+  assert "argmax" in always and "cond" in always
+  assert not always & {"sort", "top_k", "cumsum", "random_bits", "exp", "log"}
 
 
 def test_idle_slots_are_greedy():

@@ -1,10 +1,13 @@
 """The scheduler's promises, one by one; the random worlds mix them."""
 
+import collections
 import dataclasses
+import pathlib
 
 import numpy as np
 import pytest
 
+import jaxheads
 from jaxheads.kvcache import CacheShape, Plan
 from jaxheads.serve.request import QueueFull, Request, SamplingParams
 from jaxheads.serve.scheduler import Scheduler
@@ -55,6 +58,19 @@ def run(s, turns=99):
       s.record(name, (7,))
     done.append(turn)
   return done
+
+
+def test_the_host_part_needs_no_jax():
+  root = pathlib.Path(jaxheads.__file__).parent
+  names = "allocator prefix row_table rows".split()
+  files = [root / "kvcache" / f"{name}.py" for name in names]
+  names = "request scheduler sequence stats turn".split()
+  files += [root / "serve" / f"{name}.py" for name in names]
+  for path in files:
+    assert "import jax\n" not in path.read_text(), path
+    assert "from jax" not in path.read_text().replace(
+      "from jaxheads", ""
+    ).replace("from jaxtyping", ""), path
 
 
 def test_one_request_alone():
@@ -163,6 +179,62 @@ def test_lengths_that_come_late():
   assert (turn.compact.prompt_pages == part.prompt_pages).all()
   assert ((turn.compact.row_pages > 0).sum(-1) == -(-lengths // 4)).all()
   assert s.schedule().decode.requests == ("a",)
+
+
+@dataclasses.dataclass(frozen=True)
+class FullLate(Full):
+  """Keeps everything, and says so late."""
+
+  knows_lengths = False
+
+
+def waiting_for_rows(max_tokens):
+  """12 pages: `a` has 8 of them, `b` 4 for its prompt, and waits for 4."""
+  s = scheduler(FullLate(), num_pages=13)
+  s._reserve = lambda sequence: 0
+  s.add(request("a", length=4, max_tokens=max_tokens))
+  assert s.schedule().prefill.request.id == "a"
+  s.set_lengths("a", np.full(SHAPE, 4))
+  s.add(request("b", length=4, max_tokens=2))
+  s.add(request("c", length=4, max_tokens=2))
+  turn = s.schedule()
+  assert turn.compact.request.id == "a" and turn.prefill.request.id == "b"
+  assert s.schedule().decode.new_pages.sum() > 0
+  s.set_lengths("b", np.full(SHAPE, 4))
+  turn = s.schedule()
+  assert turn.decode.requests == ("a",)
+  assert turn.compact is None and turn.prefill is None
+  assert s.preemptions == 0
+  return s
+
+
+def test_who_came_last_waits_for_its_rows_and_nobody_passes():
+  s = waiting_for_rows(max_tokens=5)
+  while (turn := s.schedule()).compact is None:
+    assert turn.decode.requests == ("a",) and turn.prefill is None
+  assert turn.decode is None and turn.compact.request.id == "b"
+  assert turn.prefill.request.id == "c" and s.preemptions == 0
+  assert s.schedule().decode.requests == ("b",)
+
+
+def test_who_waits_for_its_rows_gives_way_too():
+  s = waiting_for_rows(max_tokens=8)  # `a` needs all pages in the end.
+  seen = []
+  while s.preemptions == 0:
+    seen.append(s.schedule())
+  assert seen[-1].decode.requests == ("a",)
+  assert (seen[-1].decode.new_pages > 0).sum() == 4
+  while (turn := s.schedule()).prefill is None:
+    assert turn.decode.requests == ("a",)
+  assert turn.decode is None and turn.prefill.request.id == "b"
+
+
+def test_tokens_that_were_not_recorded_cannot_be_replayed():
+  s = scheduler(num_pages=25)
+  s.add(request("a", length=5, max_tokens=14))
+  s.add(request("b", length=5, max_tokens=10))
+  with pytest.raises(RuntimeError, match="Token 0 of 'b' must be recorded"):
+    collections.deque(iter(s.schedule, None))
 
 
 def test_the_youngest_gives_way_and_is_replayed():

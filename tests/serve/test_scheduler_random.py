@@ -198,8 +198,8 @@ def replay_one_short(monkeypatch):
 
 
 def given_out_twice(monkeypatch):
-  def decode(self, drops, but, whole=Scheduler._decode):
-    turn = whole(self, drops, but)
+  def decode(self, step, drops, whole=Scheduler._decode):
+    turn = whole(self, step, drops)
     if turn is not None:
       turn.emit[turn.slots] = True
     return turn

@@ -70,7 +70,7 @@ class World:
     self.queue = collections.deque()  # Turns that the device has not done.
     self.tokens = collections.deque()  # Of turns done, not recorded.
     self.lengths = []  # Found by the device, not set.
-    self.stuck = 0
+    self.checks = 0
     self.done = collections.Counter()  # Operations and what they led to.
 
   # Operations.
@@ -130,10 +130,8 @@ class World:
       assert set(after) < set(before)
     self.done["preempted"] += len(gone)
     if turn is None:
-      self.stuck += 1
       assert not self.max_tokens or self.queue or self.tokens or self.lengths
       return
-    self.stuck = 0
     self.done["turns"] += 1
     self.done["compacts"] += turn.compact is not None
     if turn.prefill is not None:
@@ -250,6 +248,13 @@ class World:
     )
     assert all(e.users > 0 for e in cache._used.values())
     assert all(e.users == 0 for e in cache._idle.values())
+    self.checks += 1
+    if self.checks % 20:
+      return  # The rest takes its time.
+    stats = self.scheduler.stats()
+    assert stats.pages_used == ((rows + prompts) > 0).sum()
+    assert stats.pages_cached == ((cached > 0) & (prompts == 0)).sum()
+    assert stats.pages_free == (owners[1:] == 0).sum()
 
   def _check_rows(self, active):
     rows = self.scheduler.rows
