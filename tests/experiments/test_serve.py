@@ -97,7 +97,9 @@ def test_killed_in_mid_stream_and_started_again(runs, tmp_path, monkeypatch):
   )
   with serving(runs) as (process, client):
     first = client.completions.create(**ask)
-    stream = client.completions.create(**{**ask, "stream": True})
+    # More than two at a time: surely not done when the first token is here.
+    longer = {**ask, "max_tokens": 170, "n": 10, "stream": True}
+    stream = client.completions.create(**longer)
     next(stream)
     process.kill()
     with pytest.raises(Exception, match="onnection"):

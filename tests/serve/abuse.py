@@ -86,13 +86,15 @@ async def abuse(
       stream=rng.random() < 0.5,
     )
     plan.append((kind, ask, rng.choice(_RUBBISH), rng.random()))
+  # Before, because the clients' event loop must not stand still.
+  expected = {ask: offline(ask) for kind, ask, *_ in plan if kind == "good"}
 
   async def client_(client: openai.AsyncOpenAI) -> None:
     while plan:
       kind, ask, rubbish, share = plan.popleft()
       try:
         if kind == "good":
-          await _good(client, model, ask, offline(ask), tally)
+          await _good(client, model, ask, expected[ask], tally)
         elif kind == "leaves":
           await _leaves(client, model, ask, share, tally)
         else:

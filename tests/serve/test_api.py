@@ -4,6 +4,8 @@ import concurrent.futures
 import dataclasses
 import json
 import math
+import pathlib
+import re
 import socket
 import threading
 
@@ -307,6 +309,8 @@ def is_error(body, param=None):
     ({"temperature": -1}, "temperature", "0 or more"),
     ({"temperature": "hot"}, "temperature", "number"),
     ({"temperature": math.nan}, "temperature", "finite"),
+    ({"temperature": 1e300}, "temperature", "less than or equal"),
+    ({"presence_penalty": -1e300}, "presence_penalty", "greater than"),
     ({"top_p": 0}, "top_p", "in (0, 1]"),
     ({"top_k": -1}, "top_k", "0 or more"),
     ({"top_k": 2**40}, "top_k", "less than"),
@@ -341,6 +345,16 @@ def test_what_a_completion_cannot_be(server, change, param, message):
   assert status == 400
   assert is_error(body, param)
   assert message in body["error"]["message"]
+
+
+def test_the_readme_s_request_is_one(server):
+  readme = pathlib.Path(__file__).parents[2] / "README.md"
+  command = re.search(
+    r"^\$ curl localhost:8000(\S+) -d '(.*)'$", readme.read_text("utf-8"), re.M
+  )
+  status, _, answer = server.ask("POST", command[1], command[2])
+  assert status == 200
+  assert answer["choices"][0]["text"]
 
 
 def test_fields_that_ask_for_nothing_are_no_error(client):

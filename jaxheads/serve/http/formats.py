@@ -1,5 +1,6 @@
 """Answers as JSON objects: those of completions and those of chats."""
 
+import math
 import time
 from collections.abc import Mapping
 from typing import Any, Protocol
@@ -51,6 +52,11 @@ class _Format:
     return text
 
 
+def _finite(value: float | None) -> float | None:
+  """JSON has no other numbers."""
+  return value if value is not None and math.isfinite(value) else None
+
+
 class CompletionFormat(_Format):
   """/v1/completions."""
 
@@ -74,9 +80,12 @@ class CompletionFormat(_Format):
     if self._logprobs:
       logprobs = {
         "tokens": [self._text(event.token) for _, event in piece.tokens],
-        "token_logprobs": [event.logprob for _, event in piece.tokens],
+        "token_logprobs": [_finite(event.logprob) for _, event in piece.tokens],
         "top_logprobs": [
-          {self._text(token): value for token, value in event.top_logprobs}
+          {
+            self._text(token): _finite(value)
+            for token, value in event.top_logprobs
+          }
           for _, event in piece.tokens
         ],
         "text_offset": [offset for offset, _ in piece.tokens],
@@ -142,6 +151,6 @@ class ChatFormat(_Format):
     known = not text.startswith("token_id:")
     return {
       "token": text,
-      "logprob": logprob,
+      "logprob": _finite(logprob),
       "bytes": list(text.encode()) if known else None,
     }

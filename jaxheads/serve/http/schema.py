@@ -103,6 +103,10 @@ def _only(*neutral: Any) -> Any:
   return Annotated[Any, pydantic.BeforeValidator(check)]
 
 
+# Far from what float32 cannot hold.
+_Moderate = Annotated[float, pydantic.Field(ge=-1e6, le=1e6)]
+
+
 class _Model(pydantic.BaseModel):
   model_config = pydantic.ConfigDict(
     allow_inf_nan=False, extra="forbid", frozen=True, strict=True
@@ -125,16 +129,16 @@ class _Generation(_Model):
   stop: Annotated[tuple[str, ...], pydantic.BeforeValidator(_stops)] = ()
   max_tokens: int | None = None
   seed: int | None = None
-  temperature: float | None = None
+  temperature: _Moderate | None = None
   top_p: float | None = None
-  presence_penalty: float | None = None
-  frequency_penalty: float | None = None
+  presence_penalty: _Moderate | None = None
+  frequency_penalty: _Moderate | None = None
   user: str | None = None  # Read by nobody.
   logit_bias: _only({}) = None  # type: ignore[valid-type]
   # Beyond OpenAI; the names are vLLM's, except `budget`.
   top_k: Annotated[int, pydantic.Field(lt=2**31)] | None = None
   min_p: float | None = None
-  repetition_penalty: float | None = None
+  repetition_penalty: _Moderate | None = None
   budget: float | None = None
 
   @pydantic.model_validator(mode="after")

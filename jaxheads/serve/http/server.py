@@ -14,6 +14,9 @@ from jaxheads.errors import UserError
 from jaxheads.serve.http.app import Limits, Served, create_app
 from jaxheads.serve.runner import AnyEngine, Runner
 
+# So long a connection may be idle: longer than clients keep theirs, or they
+# would ask on one that is being closed.
+_IDLE_S = 75
 # So long may connections take to send what is left for them at the end.
 _LAST_BYTES_S = 5
 
@@ -85,6 +88,7 @@ async def _serve(
       log_config=None,
       server_header=False,
       timeout_graceful_shutdown=_LAST_BYTES_S,
+      timeout_keep_alive=_IDLE_S,
       ws="none",
     )
   )

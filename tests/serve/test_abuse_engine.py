@@ -1,0 +1,89 @@
+"""The same clients against the real engine, and what is left of them."""
+
+import asyncio
+import gc
+import pathlib
+
+import jax
+import pytest
+
+from jaxheads.data import ByteTokenizer
+from jaxheads.kvcache import make_policy
+from jaxheads.serve.engine import Engine, EngineConfig
+from jaxheads.serve.request import Request, SamplingParams
+from tests.models.builders import ROUTED, small_config, small_model
+from tests.serve.abuse import Ask, abuse
+from tests.serve.live import live, wait_until
+
+CONFIG = small_config(
+  ROUTED, None, vocab_size=ByteTokenizer.vocab_size, max_seq_len=256
+)
+
+
+def engine():
+  policy = make_policy(
+    "task_kv", window=8, kernel=5, sinks=4, recent=16, top=32
+  )
+  sizes = EngineConfig(max_batch=8, max_waiting=16, page_size=16, num_pages=150)
+  return Engine(small_model(CONFIG), policy=policy, budget=0.5, config=sizes)
+
+
+def resident_bytes():
+  gc.collect()
+  pages = pathlib.Path("/proc/self/statm").read_text().split()[1]
+  return int(pages) * 4096
+
+
+@pytest.mark.exhaustive
+def test_2000_requests_from_64_clients():
+  """Every good one as the engine alone answers it; then nothing is left."""
+  tokenizer = ByteTokenizer()
+  alone = engine()
+
+  def offline(ask: Ask) -> str:
+    request = Request(
+      id="one",
+      prompt=tuple(tokenizer.encode(ask.prompt).tolist()),
+      params=SamplingParams(
+        max_tokens=ask.max_tokens,
+        temperature=ask.temperature,
+        seed=ask.seed,
+        stop_tokens=(tokenizer.eot,),
+      ),
+    )
+    events = alone.generate([request])["one"]
+    # A stop token is no text.
+    tokens = [event.token for event in events if event.finish != "stop"]
+    return tokenizer.decode(tokens)
+
+  def run(requests, seed):
+    tally = asyncio.run(
+      abuse(
+        server.url,
+        model="fake",
+        offline=offline,
+        requests=requests,
+        seed=seed,
+      )
+    )
+    assert tally.wrong == []
+    assert tally.answered + tally.left + tally.refused == requests
+    wait_until(lambda: not served.has_work())
+    wait_until(lambda: server.runner._idle.is_set())
+    return tally
+
+  served = engine()
+  with live(served) as server:
+    served.warm_up()
+    alone.warm_up()
+    run(200, seed=1)
+    before = resident_bytes(), sum(x.nbytes for x in jax.live_arrays())
+    programs = served.stats().compilations
+    tally = run(2000, seed=2)
+    after = resident_bytes(), sum(x.nbytes for x in jax.live_arrays())
+    stats = served.stats()
+  print(tally, stats, before, after)
+  assert stats.pages_used == stats.running == stats.waiting == 0
+  assert stats.compilations == programs
+  assert after[1] <= before[1]
+  assert after[0] <= 1.05 * before[0]
