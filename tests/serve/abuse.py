@@ -6,7 +6,7 @@ import dataclasses
 import json
 import random
 import urllib.parse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import openai
 
@@ -60,7 +60,7 @@ async def abuse(
   url: str,
   *,
   model: str,
-  offline: Callable[[Ask], str],
+  offline: Callable[[Sequence[Ask]], Sequence[str]],
   requests: int,
   clients: int = 64,
   seed: int = 0,
@@ -70,7 +70,7 @@ async def abuse(
   """Sends `requests` requests from `clients` clients.
 
   Args:
-    offline: The text that the engine alone gives.
+    offline: The texts that the engine alone gives.
   """
   rng = random.Random(seed)
   tally = Tally()
@@ -87,7 +87,8 @@ async def abuse(
     )
     plan.append((kind, ask, rng.choice(_RUBBISH), rng.random()))
   # Before, because the clients' event loop must not stand still.
-  expected = {ask: offline(ask) for kind, ask, *_ in plan if kind == "good"}
+  good = [ask for kind, ask, *_ in plan if kind == "good"]
+  expected = dict(zip(good, offline(good), strict=True))
 
   async def client_(client: openai.AsyncOpenAI) -> None:
     while plan:

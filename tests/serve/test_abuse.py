@@ -1,6 +1,7 @@
 """64 clients at once, some of which leave or send rubbish."""
 
 import asyncio
+from collections.abc import Sequence
 
 import pytest
 
@@ -12,7 +13,11 @@ from tests.serve.fake_engine import EOT, FakeEngine
 from tests.serve.live import live, wait_until
 
 
-def offline(ask: Ask) -> str:
+def offline(asks: Sequence[Ask]) -> list[str]:
+  return [_offline(ask) for ask in asks]
+
+
+def _offline(ask: Ask) -> str:
   tokenizer = ByteTokenizer()
   request = Request(
     id="offline",

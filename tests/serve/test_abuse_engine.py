@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import pathlib
+from collections.abc import Sequence
 
 import jax
 import pytest
@@ -20,11 +21,16 @@ CONFIG = small_config(
 )
 
 
-def engine():
+def engine(max_waiting, num_pages):
   policy = make_policy(
     "task_kv", window=8, kernel=5, sinks=4, recent=16, top=32
   )
-  sizes = EngineConfig(max_batch=8, max_waiting=16, page_size=16, num_pages=150)
+  sizes = EngineConfig(
+    max_batch=8,
+    max_waiting=max_waiting,
+    page_size=16,
+    num_pages=num_pages,
+  )
   return Engine(small_model(CONFIG), policy=policy, budget=0.5, config=sizes)
 
 
@@ -38,23 +44,28 @@ def resident_bytes():
 def test_2000_requests_from_64_clients():
   """Every good one as the engine alone answers it; then nothing is left."""
   tokenizer = ByteTokenizer()
-  alone = engine()
+  alone = engine(max_waiting=2000, num_pages=500)
 
-  def offline(ask: Ask) -> str:
-    request = Request(
-      id="one",
-      prompt=tuple(tokenizer.encode(ask.prompt).tolist()),
-      params=SamplingParams(
-        max_tokens=ask.max_tokens,
-        temperature=ask.temperature,
-        seed=ask.seed,
-        stop_tokens=(tokenizer.eot,),
-      ),
-    )
-    events = alone.generate([request])["one"]
-    # A stop token is no text.
-    tokens = [event.token for event in events if event.finish != "stop"]
-    return tokenizer.decode(tokens)
+  def offline(asks: Sequence[Ask]) -> list[str]:
+    requests = [
+      Request(
+        id=str(number),
+        prompt=tuple(tokenizer.encode(ask.prompt).tolist()),
+        params=SamplingParams(
+          max_tokens=ask.max_tokens,
+          temperature=ask.temperature,
+          seed=ask.seed,
+          stop_tokens=(tokenizer.eot,),
+        ),
+      )
+      for number, ask in enumerate(asks)
+    ]
+    answers = alone.generate(requests)
+    return [
+      # A stop token is no text.
+      tokenizer.decode([e.token for e in events if e.finish != "stop"])
+      for events in answers.values()
+    ]
 
   def run(requests, seed):
     tally = asyncio.run(
@@ -72,7 +83,8 @@ def test_2000_requests_from_64_clients():
     wait_until(lambda: server.runner._idle.is_set())
     return tally
 
-  served = engine()
+  # So few pages that requests have to give theirs up for a while.
+  served = engine(max_waiting=16, num_pages=90)
   with live(served) as server:
     served.warm_up()
     alone.warm_up()
@@ -84,6 +96,7 @@ def test_2000_requests_from_64_clients():
     stats = served.stats()
   print(tally, stats, before, after)
   assert stats.pages_used == stats.running == stats.waiting == 0
+  assert stats.preemptions > 0
   assert stats.compilations == programs
   assert after[1] <= before[1]
   assert after[0] <= 1.05 * before[0]
