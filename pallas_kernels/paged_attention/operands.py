@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any, NamedTuple, Protocol
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.paged_attention.table import PageTable
@@ -17,11 +18,21 @@ class Operands(NamedTuple):
   table: PageTable
   # How many tokens of its row each query sees; no more than there are.
   seen: Int[Array, "R Q"]
+  # What the numbers of a page are multiplied with, if they are quantised.
+  k_scales: Float[Array, " P"] | None = None
+  v_scales: Float[Array, " P"] | None = None
 
   @property
   def page_size(self) -> int:
     """Tokens of a page."""
     return self.k_pages.shape[1]
+
+  @property
+  def dtype(self) -> Any:
+    """Of products: what holds queries and the numbers of pages exactly."""
+    if self.k_scales is not None:
+      return self.q.dtype
+    return jnp.promote_types(self.q.dtype, self.k_pages.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
