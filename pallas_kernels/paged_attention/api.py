@@ -105,9 +105,7 @@ def paged_attention(
     scale=q.shape[-1] ** -0.5 if scale is None else float(scale),
     interpret=platform.interpret(),
   )
-  operands = Operands(
-    q, k_pages, v_pages, table, seen, k_scales, v_scales
-  )
+  operands = Operands(q, k_pages, v_pages, table, seen, k_scales, v_scales)
   name = _dispatch.choose(
     _OPERATION,
     implementation,
@@ -126,7 +124,8 @@ def _check_scales(
   dtype: Any, k_scales: Array | None, v_scales: Array | None
 ) -> None:
   is_quantised = dtype in QUANTISED
-  if not is_quantised and not jnp.issubdtype(dtype, jnp.floating):
+  is_float = jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize > 1
+  if not is_quantised and not is_float:
     names = ", ".join(jnp.dtype(each).name for each in QUANTISED)
     raise ValueError(
       f"`k_pages` must hold floats or one of {names}, got {dtype}."

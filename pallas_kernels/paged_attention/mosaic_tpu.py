@@ -6,14 +6,14 @@ copies the pages that it has and computes little more.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from pallas_kernels.head_attention.mosaic_tpu.tile import LOG2_E, matmul
 from pallas_kernels.paged_attention.merge import LOWEST
@@ -30,6 +30,7 @@ _LEAST_TOKENS = 256
 _BUFFERS = 3
 # Queries, outputs and limits of a grid step.
 _ROW_BYTES = 1 << 20
+_SHARED_ROWS = 8
 # Numbers that scalar memory holds: 512 KiB of the 1 MiB that every TPU has.
 _MOST_SCALARS = 1 << 17
 _MOST_QUERIES = 256
@@ -91,35 +92,36 @@ def attention(settings: Settings, operands: Operands) -> Float[Array, "R Q H"]:
   """See `operands.Implementation`."""
   q, k_pages, v_pages, _, seen, _, _ = operands
   rows, queries, size = q.shape
-  page_size = operands.page_size
+  cores = _cores()
   layout = _Layout(
     rows,
-    _block_rows(q),
-    _cores(),
-    page_size,
+    _block_rows(q, cores),
+    cores,
+    operands.page_size,
     _turn_tokens(operands),
     settings.scale,
     operands.dtype,
   )
   blocks = pl.cdiv(rows, layout.block_rows)
+  if cores > 1:  # As many for each.
+    blocks = pl.cdiv(blocks, cores) * cores
+    padding = (0, blocks * layout.block_rows - rows)
+    q = jnp.pad(q, (padding, (0, 0), (0, 0)))
+    seen = jnp.pad(seen, (padding, (0, 0)))
 
   def of_rows(columns: int) -> pl.BlockSpec:
     return pl.BlockSpec(
       (layout.block_rows, queries, columns),
-      lambda core, step, tables: (
-        jnp.minimum(step * layout.cores + core, blocks - 1),
-        0,
-        0,
-      ),
+      lambda core, step, tables: (step * cores + core, 0, 0),
     )
 
   buffer = (_BUFFERS, layout.tokens, size)
   in_place = pl.BlockSpec(memory_space=pl.ANY)
-  return pl.pallas_call(
+  out = pl.pallas_call(
     functools.partial(_kernel, layout=layout),
     grid_spec=pltpu.PrefetchScalarGridSpec(
       num_scalar_prefetch=1,
-      grid=(layout.cores, pl.cdiv(blocks, layout.cores)),
+      grid=(cores, pl.cdiv(blocks, cores)),
       in_specs=(of_rows(size), of_rows(1), in_place, in_place),
       out_specs=of_rows(size),
       scratch_shapes=(
@@ -141,6 +143,7 @@ def attention(settings: Settings, operands: Operands) -> Float[Array, "R Q H"]:
     interpret=settings.interpret,
     name="paged_attention",
   )(_tables(operands, layout), q, seen[..., None], k_pages, v_pages)
+  return out[:rows]
 
 
 def _tables(operands: Operands, layout: _Layout) -> _Tables:
@@ -173,14 +176,16 @@ def _turn_tokens(operands: Operands) -> int:
   return max(1, min(_TOKENS, fit) // page_size) * page_size
 
 
-def _block_rows(q: Float[Array, "R Q H"]) -> int:
+def _block_rows(q: Float[Array, "R Q H"], cores: int) -> int:
   """Rows of a grid step: as many as their share of vector memory holds."""
   rows, queries, size = q.shape
   # Queries and outputs, and limits of four bytes, in whole tiles.
   down = pl.cdiv(queries, 16) * 16
   across = pl.cdiv(size, _LANES) * _LANES
   a_row = down * (across * 2 * q.dtype.itemsize + _LANES * 4)
-  return max(1, min(rows, _ROW_BYTES // a_row))
+  most = max(1, _ROW_BYTES // a_row)
+  # Cores take turns: short blocks even out what they have to do.
+  return min(rows, most if cores == 1 else min(most, _SHARED_ROWS))
 
 
 def _cores() -> int:
@@ -421,9 +426,7 @@ def _following(slot: Any) -> Any:
 def _sizes(tokens: int) -> list[int]:
   """Tokens that the last turn of a row may compute, ascending."""
   sizes = [tokens]
-  while (
-    sizes[0] // 2 >= _LEAST_TOKENS and sizes[0] % (2 * _LEAST_TOKENS) == 0
-  ):
+  while sizes[0] // 2 >= _LEAST_TOKENS and sizes[0] % (2 * _LEAST_TOKENS) == 0:
     sizes.insert(0, sizes[0] // 2)
   return sizes
 

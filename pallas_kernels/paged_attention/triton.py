@@ -14,6 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float
 
+from pallas_kernels.head_attention.triton.launches import capability
 from pallas_kernels.head_attention.triton.problem import (
   LOG2_E,
   Softmax,
@@ -35,14 +36,26 @@ _TOKENS = 512
 _TILE = 64
 # Rows of a tile of queries: they stay in registers.
 _MOST_QUERIES = 64
+# Compute capability from which Triton converts float8_e4m3fn.
+_LEAST_FP8 = 8.9
 
 
 def refusal(settings: Settings, operands: Operands) -> str | None:
   """Why these inputs are not covered; None if they are."""
-  del settings
   queries = operands.q.shape[1]
   if queries > _MOST_QUERIES:
     return f"`q` may have at most {_MOST_QUERIES} queries a row, got {queries}."
+  here = capability()
+  if (
+    operands.k_pages.dtype == jnp.float8_e4m3fn
+    and not settings.interpret
+    and here is not None
+    and float(here) < _LEAST_FP8
+  ):
+    return (
+      f"pages of float8_e4m3fn need compute capability {_LEAST_FP8}, this is "
+      f"{here}; use pages of int8 or float8_e5m2."
+    )
   return None
 
 
@@ -144,7 +157,12 @@ def _kernel(
     page = divide(tokens, problem.page_size)
     at = jnp.minimum(start + page, pages_ref.shape[0] - 1)
     number = plgpu.load(pages_ref.at[at], mask=there, other=0)
-    place = (number[:, None], tokens - page * problem.page_size, zero, problem.H)
+    place = (
+      number[:, None],
+      tokens - page * problem.page_size,
+      zero,
+      problem.H,
+    )
     k, v = (
       load_rows(ref, *place, exist=there).astype(q.dtype)
       for ref in (k_ref, v_ref)

@@ -160,7 +160,8 @@ def load_rows(
   if mask is None:
     return plgpu.load(where)
   mask = jnp.broadcast_to(mask, (rows.size, columns.size))
-  return plgpu.load(where, mask=mask, other=0.0)
+  other = 0.0 if jnp.issubdtype(ref.dtype, jnp.floating) else 0
+  return plgpu.load(where, mask=mask, other=other)
 
 
 def store_rows(
