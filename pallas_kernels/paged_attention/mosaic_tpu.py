@@ -24,7 +24,7 @@ from pallas_kernels.paged_attention.operands import Operands, Settings
 # that those under way keep the memory busy.
 _TOKENS = 2048
 _BYTES = 1 << 19
-# The last turn of a row computes this many tokens, or twice, or four times...
+# The last turn of a row computes half of that, a quarter... down to this.
 _LEAST_TOKENS = 256
 # Turns that have room in vector memory: one computes, the others are copied.
 _BUFFERS = 3
@@ -301,6 +301,7 @@ def _kernel(
   core, block = pl.program_id(0), pl.program_id(1)
   first_row = (block * layout.cores + core) * layout.block_rows
   tokens, page_size = layout.tokens, layout.page_size
+  pieces = _pieces(layout)
   walk = _Walk(layout, tables)
   copies = _Copies(
     layout, tables, (k_pages, v_pages), (k_ref, v_ref), semaphores
@@ -339,11 +340,13 @@ def _kernel(
     return jnp.concatenate(parts, axis=1)
 
   def add(
-    index: Any, row: Any, first: Any, slot: Any, keys: int, known: int | None
+    index: Any, row: Any, first: Any, slot: Any, at: Any, keys: int, mask: bool
   ) -> None:
-    """Some tokens, of which so many are known to be there; None if all are."""
+    """Some tokens of a turn, all of them seen unless there is a mask."""
+    span = pl.ds(at, keys)
     q = q_ref[index].astype(layout.dtype)
-    k, v = (ref[slot, :keys].astype(layout.dtype) for ref in (k_ref, v_ref))
+    k, v = (ref[slot, span].astype(layout.dtype) for ref in (k_ref, v_ref))
+    first = first + at
     entry = jnp.minimum(
       tables.starts[row] + first // page_size,
       tables.pages.shape[0] - tokens // page_size,
@@ -351,17 +354,14 @@ def _kernel(
     logits = matmul(q, k, (1, 1)) * (layout.scale * LOG2_E)
     if tables.k_scales is not None:
       logits *= per_token(tables.k_scales, entry, keys)
-    left = tables.lengths[row] - first
     visible = None
-    if known is not None:
-      at = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1)
-      visible = at < seen_ref[index] - first
+    if mask:
+      token = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1)
+      visible = token < seen_ref[index] - first
       logits = jnp.where(visible, logits, LOWEST)
       # Values have tokens down.
-      last = v[known:]
-      at = known + jax.lax.broadcasted_iota(jnp.int32, last.shape, 0)
-      last = jnp.where(at < left, last, jnp.zeros_like(last))
-      v = jnp.concatenate([v[:known], last]) if known else last
+      token = jax.lax.broadcasted_iota(jnp.int32, v.shape, 0)
+      v = jnp.where(token < tables.lengths[row] - first, v, jnp.zeros_like(v))
     m_old = m_ref[...]
     m_new = jnp.maximum(m_old, logits.max(axis=1, keepdims=True))
     weights = jnp.exp2(logits - m_new)
@@ -372,7 +372,7 @@ def _kernel(
     l_ref[...] = l_ref[...] * shrink + weights.sum(axis=1, keepdims=True)
     if tables.v_scales is not None:
       weights *= per_token(tables.v_scales, entry, keys)
-      if visible is not None:
+      if visible is not None:  # Scales that no page has may be anything.
         weights = jnp.where(visible, weights, 0.0)
     acc_ref[...] = acc_ref[...] * shrink + matmul(
       weights.astype(layout.dtype), v, (1, 0)
@@ -390,22 +390,32 @@ def _kernel(
       ahead_ref[3] = _following(slot)
       look_ahead()
       copies.wait(None, slot)
-      add(index, row, turn * tokens, slot, tokens, None)
+      add(index, row, turn * tokens, slot, 0, tokens, False)
 
     def partial(turn: Any, _: None) -> None:
       slot = ahead_ref[3]
       ahead_ref[3] = _following(slot)
       first = turn * tokens
       left = jnp.minimum(length - first, tokens)
+      seen = tables.seen[row] - first
       look_ahead()
       copies.wait(_pages(left, page_size), slot)
-      known = 0
-      for keys in _sizes(tokens):
-        covers = (known < left) & (left <= keys)
-        pl.when(covers)(
-          functools.partial(add, index, row, first, slot, keys, known)
+      at = jnp.int32(0)
+      for keys in pieces[:-1]:
+        fits = at + keys <= seen
+        pl.when(fits)(
+          functools.partial(
+            add, index, row, first, slot, pl.multiple_of(at, keys), keys, False
+          )
         )
-        known = keys
+        at = at + jnp.where(fits, keys, 0)
+      least = pieces[-1]
+
+      def add_least(number: Any, _: None) -> None:
+        place = pl.multiple_of(number * least, least)
+        add(index, row, first, slot, place, least, True)
+
+      jax.lax.fori_loop(at // least, _pages(left, least), add_least, None)
 
     turns = _pages(length, tokens)
     seen_whole = jnp.minimum(tables.seen[row] // tokens, turns)
@@ -423,12 +433,20 @@ def _following(slot: Any) -> Any:
   return jnp.where(slot == _BUFFERS - 1, 0, slot + 1)
 
 
-def _sizes(tokens: int) -> list[int]:
-  """Tokens that the last turn of a row may compute, ascending."""
-  sizes = [tokens]
-  while sizes[0] // 2 >= _LEAST_TOKENS and sizes[0] % (2 * _LEAST_TOKENS) == 0:
-    sizes.insert(0, sizes[0] // 2)
-  return sizes
+def _pieces(layout: _Layout) -> list[int]:
+  """Tokens that are computed at a time in the last turn of a row.
+
+  Each half of the one before, as long as pages and pieces share their ends;
+  what is less than the last one is masked, and so are tokens not all see.
+  """
+  pieces = [layout.tokens]
+  while True:
+    half = pieces[-1] // 2
+    fits = half % layout.page_size == 0 or layout.page_size % half == 0
+    if half < _LEAST_TOKENS or pieces[-1] % 2 or not fits:
+      break
+    pieces.append(half)
+  return [*pieces[1:], pieces[-1]]
 
 
 def _scale_width(keys: int, page_size: int) -> int:
