@@ -135,7 +135,6 @@ class OurCosts:
     least: In it, what is left, as many tokens as the last of `halves`.
     ahead: Starting the copies of a turn, besides those.
     page: Starting the copies of a page.
-    wait: Waiting for a page of a row's last turn.
     row: A row, besides its turns.
   """
 
@@ -145,7 +144,6 @@ class OurCosts:
   least: float
   ahead: float
   page: float
-  wait: float
   row: float
 
   @classmethod
@@ -171,17 +169,10 @@ class OurCosts:
     ahead_of_part, _ = _look_ahead(partial)
     *halves, least = tiles[1:]
     sizes = [mosaic_tpu._TOKENS >> at for at in range(1, len(halves) + 1)]
-    loops = [
-      body
-      for body in partial.walk()
-      if body.kind == "loop"
-      and body not in (partial, least)
-      and body not in partial.inner[0].walk()
-    ]
-    if len(loops) != 2 or least.kind != "loop":
-      raise ValueError(f"{schedule.name}: other loops than for waiting.")
+    if least.kind != "loop":
+      raise ValueError(f"{schedule.name}: the last tokens are not in a loop.")
     parts = sum(_bundles(tile) for tile in tiles[1:])
-    around = _bundles(partial) - parts - sum(map(_bundles, loops))
+    around = _bundles(partial) - parts
     return cls(
       whole=whole.bundles + BRANCH,
       partial=around - _bundles(partial.inner[0]) + ahead_of_part - ahead,
@@ -191,7 +182,6 @@ class OurCosts:
       least=least.bundles + BRANCH,
       ahead=ahead,
       page=page,
-      wait=sum(body.bundles + BRANCH for body in loops),
       row=_bundles(rows) - _bundles(whole) - _bundles(partial) + BRANCH,
     )
 
@@ -205,7 +195,7 @@ class OurCosts:
         pages = -(-tokens // case.page_size)
         computing = self.whole
         if tokens < size:
-          computing = self.partial + pages * self.wait
+          computing = self.partial
           left = tokens
           for piece, cycles in self.halves.items():
             computing += cycles if piece <= left else BRANCH
