@@ -17,10 +17,10 @@ def rank(scores: Float[Array, "*K S"]) -> Int[Array, "*K S"]:
 
 def middle(
   size: int, length: Int[Array, ""], parts: dict[str, Any]
-) -> Bool[Array, "*K S"]:
+) -> Bool[Array, "#K S"]:
   """Tokens that are neither sinks nor recent; see `keep_parts`."""
-  at = jnp.arange(size)
-  sinks, recent = parts["sinks"][..., None], parts["recent"][..., None]
+  at = jnp.arange(size)[None]
+  sinks, recent = by_head(parts["sinks"]), by_head(parts["recent"])
   return (at >= sinks) & (at < length - recent)
 
 
@@ -35,7 +35,14 @@ def keep_parts(
     parts: The integers "sinks", "recent" and "middle", see
       `jaxheads.kvcache.budgets.Parts`; of all heads, or one a head, [K].
   """
-  between = middle(scores.shape[-1], length, parts)
-  best = rank(jnp.where(between, scores, -jnp.inf)) < parts["middle"][..., None]
-  outside = (jnp.arange(scores.shape[-1]) < length) & ~between
+  size = scores.shape[-1]
+  between = middle(size, length, parts)
+  places = rank(jnp.where(between, scores, -jnp.inf))
+  best = places < by_head(parts["middle"])
+  outside = (jnp.arange(size) < length)[None] & ~between
   return outside | (between & best)
+
+
+def by_head(number: Int[Array, "*K"]) -> Int[Array, "#K 1"]:
+  """A number of all heads, or one of each, beside their tokens."""
+  return jnp.atleast_1d(number)[:, None]
