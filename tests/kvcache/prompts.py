@@ -3,7 +3,6 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxheads.kvcache import LayerWindow
@@ -22,7 +21,7 @@ def draw(seed, tokens, *, rows=4, N=8, K=4, H=H):
   )
 
 
-def window(q, k, v, w_o, *, size=None, layer=0, dtype=jnp.float32):
+def window(q, k, v, w_o, *, size=None, layer=0, dtype=np.float32):
   """The same for the library: padded to `size`, with NaN where nothing is."""
   tokens, rows = len(k), len(q)
   size = tokens if size is None else size
@@ -30,8 +29,9 @@ def window(q, k, v, w_o, *, size=None, layer=0, dtype=jnp.float32):
   k, v = (np.pad(x, pad, constant_values=np.nan) for x in (k, v))
   q = q.copy()
   q[: max(0, rows - tokens)] = np.nan  # From before the prompt's start.
-  q, k, v, w_o = (jnp.asarray(x, dtype) for x in (q, k, v, w_o))
-  return LayerWindow(q, k, v, jnp.int32(tokens), w_o, jnp.int32(layer))
+  # NumPy's, so that nothing is compiled for it.
+  q, k, v, w_o = (x.astype(dtype) for x in (q, k, v, w_o))
+  return LayerWindow(q, k, v, np.int32(tokens), w_o, np.int32(layer))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -41,5 +41,9 @@ def run(policy, window, layer):
 
 def keep(policy, plan, window, r=0):
   """Keep sets [K, S] of layer r, as NumPy."""
-  layer = {name: jnp.asarray(x[r]) for name, x in plan.layers.items()}
-  return np.asarray(run(policy, window, layer))
+  return np.asarray(run(policy, window, layer_of(plan, r)))
+
+
+def layer_of(plan, r):
+  """What a policy is told of layer r."""
+  return {name: x[r] for name, x in plan.layers.items()}

@@ -3,7 +3,6 @@
 import math
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -126,7 +125,7 @@ def test_one_head_can_take_what_the_bounds_allow():
 @pytest.mark.parametrize("sinks", [0, 4])
 def test_expected_attention(sinks):
   scorer = ExpectedAttention(window=16, future=20, theta=100.0)
-  parts = {"sinks": jnp.int32(sinks), "recent": jnp.int32(3)}
+  parts = {"sinks": np.int32(sinks), "recent": np.int32(3)}
   run = jax.jit(scorer.scores)
   for tokens in (12, TOKENS):  # Fewer and more than the window.
     q, k, v, w_o = draw(tokens, tokens, rows=16)
@@ -281,11 +280,9 @@ def test_rereading():
   padded = (np.pad(x, ((0, 6), (0, 0), (0, 0)), constant_values=np.nan)
             for x in (q, k))  # fmt: skip
   got = jax.jit(reread_scores, static_argnames="block")(
-    *(jnp.asarray(x) for x in padded),
-    context=jnp.int32(context),
-    length=jnp.int32(tokens),
-    block=8,
+    *padded, context=np.int32(context), length=np.int32(tokens), block=8
   )
+  got = np.asarray(got)
   np.testing.assert_allclose(got[:, :tokens], expected, atol=1e-5)
   assert not got[:, context:].any()
 
@@ -298,14 +295,8 @@ def test_the_best_of_all_layers_and_heads():
   ranked[..., length:] = -1
   expected = np.zeros(scores.size, bool)
   expected[oracle.largest(ranked.ravel(), tokens)] = True
-  got = keep_best(
-    jnp.asarray(scores),
-    length=jnp.int32(length),
-    tokens=jnp.int32(tokens),
-    sinks=2,
-  )
+  best = jax.jit(keep_best, static_argnames="sinks")
+  got = best(scores, length=np.int32(length), tokens=np.int32(tokens), sinks=2)
   np.testing.assert_array_equal(got, expected.reshape(scores.shape))
-  everything = keep_best(
-    jnp.asarray(scores), length=jnp.int32(3), tokens=jnp.int32(10**6)
-  )
+  everything = best(scores, length=np.int32(3), tokens=np.int32(10**6), sinks=2)
   assert everything.sum() == R * K * 3

@@ -6,7 +6,6 @@ import functools
 import hypothesis
 import hypothesis.strategies as st
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -19,7 +18,7 @@ from jaxheads.kvcache import (
   compact,
   make_policy,
 )
-from tests.kvcache.prompts import draw, window
+from tests.kvcache.prompts import draw, layer_of, window
 
 R, K, SIZE, ROWS = 3, 4, 48, 4
 SHAPE = CacheShape(R, K)
@@ -76,13 +75,13 @@ def test_keeps_its_plan(name, seed, tokens, budget):
   plan = policy.plan(tokens, budget, SHAPE)
   total = 0
   for r in range(R):
-    layer = {key: jnp.asarray(x[r]) for key, x in plan.layers.items()}
     w = window(*draw(seed + r, tokens, rows=policy.window), size=SIZE, layer=r)
-    keep, rows = run(w, layer)
+    keep, rows = run(w, layer_of(plan, r))
+    keep, rows = jax.tree.map(np.asarray, (keep, rows))
     # Nothing but the prompt, and from each head at least a token.
     assert not keep[:, tokens:].any()
     assert keep.any(axis=-1).all()
-    lengths = np.asarray(rows.lengths)
+    lengths = rows.lengths
     total += lengths.sum()
     if policy.knows_lengths:
       np.testing.assert_array_equal(lengths, plan.lengths[r])
