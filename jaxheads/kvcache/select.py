@@ -6,13 +6,17 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 
-def rank(scores: Float[Array, "*K S"]) -> Int[Array, "*K S"]:
-  """Place of each score along the last axis, 0 the largest.
-
-  The lowest index comes first among equals.
-  """
-  order = jnp.argsort(scores, axis=-1, stable=True, descending=True)
-  return jnp.argsort(order, axis=-1, stable=True).astype(jnp.int32)
+def largest(
+  scores: Float[Array, "*K S"], count: Int[Array, "*#K 1"]
+) -> Bool[Array, "*K S"]:
+  """The `count` largest scores of each row; the lowest index wins ties."""
+  ordered = jnp.sort(scores, axis=-1, descending=True)
+  last = jnp.clip(count - 1, 0, scores.shape[-1] - 1)
+  least = jnp.take_along_axis(ordered, last, axis=-1)
+  more, equal = scores > least, scores == least
+  room = count - more.sum(axis=-1, keepdims=True, dtype=jnp.int32)
+  place = jnp.cumsum(equal, axis=-1, dtype=jnp.int32)
+  return more | (equal & (place <= room))
 
 
 def middle(
@@ -37,8 +41,8 @@ def keep_parts(
   """
   size = scores.shape[-1]
   between = middle(size, length, parts)
-  places = rank(jnp.where(between, scores, -jnp.inf))
-  best = places < by_head(parts["middle"])
+  scores = jnp.where(between, scores, -jnp.inf)
+  best = largest(scores, by_head(parts["middle"]))
   outside = (jnp.arange(size) < length)[None] & ~between
   return outside | (between & best)
 

@@ -2,14 +2,17 @@
 
 import functools
 
+import hypothesis
+import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxheads.kvcache.select import rank
+from jaxheads.kvcache.select import largest
 from jaxheads.kvcache.window import (
   average_pool,
+  over_group,
   pooled_attention,
   semantic_vectors,
   softmax_over,
@@ -24,10 +27,22 @@ LENGTHS = [1, 15, 16, 17, 40, 64]
 PARTS = {"sinks": np.int32(2), "recent": np.int32(5), "middle": np.int32(3)}
 
 attention = jax.jit(window_attention)
-vectors = jax.jit(
-  semantic_vectors, static_argnames=("top", "space", "reduce", "renorm")
+pick = jax.jit(largest)
+
+
+@functools.partial(
+  jax.jit, static_argnames=("top", "space", "reduce", "renorm")
 )
-pooled = jax.jit(pooled_attention, static_argnames=("kernel", "scope"))
+def vectors(window, **options):
+  return semantic_vectors(window, window_attention(window), **options)
+
+
+@functools.partial(jax.jit, static_argnames=("kernel", "scope"))
+def pooled(window, kernel=7, **options):
+  attention = over_group(window_attention(window), 4, "mean")
+  return pooled_attention(
+    attention, window.length, PARTS, kernel=kernel, **options
+  )
 
 
 @pytest.mark.parametrize("tokens", LENGTHS)
@@ -42,13 +57,8 @@ def test_attention_of_the_window(tokens):
 
 @jax.jit
 def statistics(window):
-  said = semantic_vectors(window, top=12)
-  return (
-    pooled_attention(window, PARTS, kernel=7),
-    window_attention(window),
-    said,
-    said.mean(axis=0),
-  )
+  said = vectors(window, top=12)
+  return pooled(window), window_attention(window), said, said.mean(axis=0)
 
 
 @pytest.mark.parametrize("tokens", LENGTHS)
@@ -103,7 +113,7 @@ def test_scores_of_the_middle(scope):
   q, k, v, w_o = draw(3, 30)
   C = oracle.by_group(oracle.window_attention(q, k, 4), 4)
   expected = [oracle.middle_scores(c, 2, 5, 7, scope) for c in C]
-  got = pooled(window(q, k, v, w_o), PARTS, kernel=7, scope=scope)
+  got = pooled(window(q, k, v, w_o), scope=scope)
   np.testing.assert_allclose(got, expected, atol=FORWARD)
 
 
@@ -118,9 +128,9 @@ def test_rows_that_see_nothing_give_zeros():
 def test_statistics_of_bfloat16_are_float32():
   arrays = window(*draw(0, 20), dtype=jnp.bfloat16)
   for statistic in (
-    functools.partial(pooled_attention, parts=PARTS, kernel=7),
-    functools.partial(semantic_vectors, top=8, space="value"),
-    functools.partial(semantic_vectors, top=8, space="wo"),
+    pooled,
+    functools.partial(vectors, top=8, space="value"),
+    functools.partial(vectors, top=8, space="wo"),
   ):
     assert jax.eval_shape(statistic, arrays).dtype == jnp.float32
 
@@ -134,8 +144,13 @@ def test_bfloat16_is_not_rounded_again():
   np.testing.assert_allclose(attention(rounded), attention(exact), atol=FORWARD)
 
 
-def test_equal_scores_rank_by_index():
-  scores = np.asarray([[1, 3, 3, 0, 3], [0, 0, 0, 0, 0]], np.float32)
-  np.testing.assert_array_equal(
-    jax.jit(rank)(scores), [[3, 0, 1, 4, 2], [0, 1, 2, 3, 4]]
-  )
+@hypothesis.given(
+  scores=st.lists(
+    st.sampled_from([-np.inf, 0, 1, 2, np.inf]), min_size=5, max_size=5
+  ),
+  count=st.integers(-1, 7),
+)
+def test_the_largest_and_the_lowest_of_equals(scores, count):
+  got = pick(np.asarray(scores, np.float32), np.int32([count]))
+  expected = sorted(oracle.largest(scores, max(count, 0)))
+  assert list(np.flatnonzero(got)) == expected
