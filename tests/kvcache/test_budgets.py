@@ -225,6 +225,12 @@ def test_memory(length, logical, paged, entries, tables):
     assert memory.table_bytes / 2**20 == pytest.approx(tables, abs=5e-3)
 
 
+def test_a_page_larger_than_the_prompt():
+  sizes = dict(page_size=128, head_dim=4, itemsize=4)
+  memory = cache_memory(Full().plan(5, 1.0, CacheShape(3, 2)), **sizes)
+  assert memory == (6, 6 * 5 * 32, 6 * 128 * 32, 4 * (6 + 6))
+
+
 def test_the_budget_is_the_decimal_that_was_written():
   assert 0.29 * 100 < 29
   assert share(0.29, 100) == 29

@@ -154,7 +154,6 @@ def test_token_controls():
   got = kept(chance, arrays, 0.4)
   np.testing.assert_array_equal(got, kept(chance, arrays, 0.4, size=64))
   for other in (
-    kept(Ranked(scorer=Chance(seed=2)), arrays, 0.4),
     kept(chance, arrays, 0.4, r=1),
     np.roll(got, 1, axis=0),
   ):

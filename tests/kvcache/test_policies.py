@@ -42,6 +42,8 @@ SETTINGS = {
   "task_kv": dict(sinks=2, recent=6, top=8, beta=0.5, **WINDOW),
 }
 EVERY = {name: make_policy(name, **SETTINGS.get(name, {})) for name in POLICIES}
+# Programs of others, with other numbers.
+COMBINED = ("pyramid", "ada_pyramid", "ada_expected")
 # What they see or keep is not the budget's to decide.
 FREE = {"full", "shard_only"}
 
@@ -60,7 +62,15 @@ def packed(policy):
   return run, traces
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize(
+  "name",
+  [
+    pytest.param(name, marks=pytest.mark.exhaustive)
+    if name in COMBINED
+    else name
+    for name in EVERY
+  ],
+)
 @hypothesis.given(
   seed=st.integers(0, 1000),
   tokens=st.integers(1, SIZE),

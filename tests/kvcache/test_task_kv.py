@@ -251,19 +251,27 @@ def test_bfloat16_picks_the_same():
   assert same_heads / heads > 0.95, same_heads / heads
 
 
-def test_works_in_scan_and_vmap():
-  plan = SMALL.plan(40, 0.4, SHAPE)
-  windows = [window(*draw(r, 40), size=48, layer=r) for r in range(R)]
-  expected = np.stack([keep(SMALL, plan, windows[r], r) for r in range(R)])
-  stacked = jax.tree.map(lambda *x: np.stack(x), *windows)
+def test_prompts_of_a_batch_are_alone():
+  # Of different lengths, padded to one; also as layers of a scan.
+  lengths = (1, 3, 4, 5, 17, 47, 48)
+  plans = [SMALL.plan(tokens, 0.5, SHAPE) for tokens in lengths]
+  windows = [window(*draw(n, n), size=48) for n in lengths]
+  expected = [keep(SMALL, *pair) for pair in zip(plans, windows, strict=True)]
+  batch = [jax.tree.map(lambda *x: np.stack(x), *windows)]
+  batch.append(
+    {
+      name: np.stack([plan.layers[name][0] for plan in plans])
+      for name in plans[0].layers
+    }
+  )
 
-  def layer(_, inputs):
-    return None, SMALL.keep(*inputs)
+  @jax.jit
+  def run(*batch):
+    scanned = jax.lax.scan(lambda _, x: (None, SMALL.keep(*x)), None, batch)[1]
+    return scanned, jax.vmap(SMALL.keep)(*batch)
 
-  _, scanned = jax.lax.scan(layer, None, (stacked, plan.layers))
-  np.testing.assert_array_equal(scanned, expected)
-  mapped = jax.jit(jax.vmap(SMALL.keep))(stacked, plan.layers)
-  np.testing.assert_array_equal(mapped, expected)
+  for got in run(*batch):
+    np.testing.assert_array_equal(got, expected)
 
 
 @pytest.mark.parametrize(
