@@ -43,7 +43,7 @@ SETTINGS = {
 }
 EVERY = {name: make_policy(name, **SETTINGS.get(name, {})) for name in POLICIES}
 # Programs of others, with other numbers.
-COMBINED = ("pyramid", "ada_pyramid", "ada_expected")
+COMBINED = ("pyramid", "ada_pyramid", "ada_expected", "key_norm")
 # What they see or keep is not the budget's to decide.
 FREE = {"full", "shard_only"}
 
@@ -78,7 +78,7 @@ def packed(policy):
 )
 @hypothesis.example(seed=0, tokens=1, budget=0.01)
 @hypothesis.example(seed=0, tokens=SIZE, budget=1.0)
-@hypothesis.settings(max_examples=12)
+@hypothesis.settings(max_examples=8)
 def test_keeps_its_plan(name, seed, tokens, budget):
   policy = EVERY[name]
   run, traces = packed(policy)

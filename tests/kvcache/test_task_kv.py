@@ -35,19 +35,26 @@ def kept(policy, arrays, budget, r=0):
   return got[:, :tokens]
 
 
+# Those whose every part has a test of its own come last, on request.
 OPTIONS = {
   "as published": {},
   "extra": dict(center="extra"),
   "off": dict(center="off"),
-  "nearest": dict(ranking="nearest"),
-  "norms": dict(ranking="vnorm", center="off"),
-  "pool all": dict(pool_scope="all"),
   "residual space": dict(space="wo", renorm=True),
   "maximum": dict(group_reduce="max"),
+  "norms": dict(ranking="vnorm", center="off"),
+  "nearest": dict(ranking="nearest"),
+  "pool all": dict(pool_scope="all"),
 }
 
 
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize(
+  "options",
+  [
+    pytest.param(options, id=name, marks=[pytest.mark.exhaustive] * (at >= 6))
+    for at, (name, options) in enumerate(OPTIONS.items())
+  ],
+)
 def test_keeps_what_the_paper_keeps(options):
   policy = dataclasses.replace(SMALL, **options)
   names = {"pool_scope": "scope", "group_reduce": "reduce"}
@@ -151,6 +158,10 @@ def test_ties_go_to_the_lower_head():
   ):
     got = pick(scores, scores, np.int32(full), np.int32(nearest))
     assert list(np.flatnonzero(got)) == expected
+  # The nearest of those that are not picked yet.
+  near = np.asarray([3, 1, 2, 4, 5], np.float32)
+  got = pick(-near, near, np.int32(3), np.int32(1))
+  assert list(np.flatnonzero(got)) == [0, 1, 2]
   distances = np.asarray([1, 5, 1, 5, 1], np.float32)
   got = pick(distances, distances, np.int32(2), np.int32(1))
   assert list(np.flatnonzero(got)) == [0, 1]
@@ -192,7 +203,14 @@ def test_controls():
   assert np.bincount(first.ravel(), minlength=K).min() > 100  # Of 150.
 
 
-@pytest.mark.parametrize(("G", "space"), [(1, "value"), (2, "wo"), (8, "wo")])
+@pytest.mark.parametrize(
+  ("G", "space"),
+  [
+    pytest.param(1, "value", marks=pytest.mark.exhaustive),
+    (2, "wo"),
+    (8, "value"),
+  ],
+)
 def test_permuted_heads_permute_the_picks(G, space):
   q, k, v, w_o = draw(4, 40, N=K * G)
   policy = dataclasses.replace(SMALL, space=space)
