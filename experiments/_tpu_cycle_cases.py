@@ -105,30 +105,44 @@ def compile_case(case: Case, problem: Problem) -> Schedules | str:
 
   Call it first thing in a fresh process.
   """
+  makers = {"ours": _ours, "routed": _routed}
+  program = makers.get(case.kernel, _splash)(case, problem)
+
+  def both(q: Any, k: Any, v: Any, d_out: Any, rest: Any) -> Any:
+    def attention(q: Any, k: Any, v: Any) -> Any:
+      return program.attention(q, k, v, *rest)
+
+    return jax.vjp(attention, q, k, v)[1](d_out)
+
+  q, keys = (
+    jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+    for shape in (program.queries, program.keys)
+  )
+  arguments = (q, keys, keys, q, program.rest)
+  return schedules(case.chip, both, arguments, "head_attention|splash_mha")
+
+
+def schedules(
+  chip: str, program: Callable[..., Any], arguments: Any, names: str
+) -> Schedules | str:
+  """The kernels of a program in its order, or why it does not compile.
+
+  Args:
+    chip: As in `aot.compile_for`.
+    program, arguments: What to compile; abstract arguments.
+    names: See `bundles.read_dump`.
+  """
   with tempfile.TemporaryDirectory() as folder:
     os.environ["LIBTPU_INIT_ARGS"] = bundles.dump_flags(pathlib.Path(folder))
     # Else the compiler warns about a network that is not there.
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
     jax.config.update("jax_platforms", "cpu")
-    makers = {"ours": _ours, "routed": _routed}
-    program = makers.get(case.kernel, _splash)(case, problem)
-
-    def both(q: Any, k: Any, v: Any, d_out: Any, rest: Any) -> Any:
-      def attention(q: Any, k: Any, v: Any) -> Any:
-        return program.attention(q, k, v, *rest)
-
-      return jax.vjp(attention, q, k, v)[1](d_out)
-
-    q, keys = (
-      jax.ShapeDtypeStruct(shape, jnp.bfloat16)
-      for shape in (program.queries, program.keys)
-    )
     try:
-      aot.compile_for(case.chip, both, q, keys, keys, q, program.rest)
+      aot.compile_for(chip, program, *arguments)
     except (aot.DoesNotCompile, NotImplementedError) as error:
       return str(error)
-    return bundles.read_dump(pathlib.Path(folder), "head_attention|splash_mha")
+    return bundles.read_dump(pathlib.Path(folder), names)
 
 
 def routed_tiling(case: Case) -> RoutedTiling:

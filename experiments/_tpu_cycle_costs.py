@@ -49,6 +49,15 @@ PEAK = {
   "v6e": 524288,
   "tpu7x": 524288,
 }
+# Bytes that the memory delivers in a cycle of a core: published bandwidth, of
+# v4, v5p and tpu7x half, over the clocks above.
+BYTES_PER_CYCLE = {
+  "v4": 1228 / 2 / 1.05,
+  "v5e": 819 / 1.5,
+  "v5p": 2765 / 2 / 1.75,
+  "v6e": 1640 / 1.75,
+  "tpu7x": 7380 / 2 / 1.75,
+}
 GENERATION = {"v4": 4, "v5e": 5, "v5p": 5, "v6e": 6, "tpu7x": 7}
 LITE = ("v5e", "v6e")
 # The products that a direction makes of a tile.

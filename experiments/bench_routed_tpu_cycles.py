@@ -28,7 +28,12 @@ from experiments._tpu_cycle_cases import (
   Schedules,
   routed_tiling,
 )
-from experiments._tpu_cycle_costs import Work, kernels, our_work
+from experiments._tpu_cycle_costs import (
+  BYTES_PER_CYCLE,
+  Work,
+  kernels,
+  our_work,
+)
 from experiments.bench_tpu_cycles import (
   DIRECTIONS,
   Cells,
@@ -46,15 +51,6 @@ from pallas_kernels.routed_attention.operands import Operands, Settings
 
 MASKS = ("causal", "s2")
 TILES = (512, 1024)
-# Bytes that the memory delivers in a cycle of a core: published bandwidth, of
-# v4, v5p and tpu7x half, over the clocks that `_tpu_cycle_costs.py` names.
-BYTES_PER_CYCLE = {
-  "v4": 1228 / 2 / 1.05,
-  "v5e": 819 / 1.5,
-  "v5p": 2765 / 2 / 1.75,
-  "v6e": 1640 / 1.75,
-  "tpu7x": 7380 / 2 / 1.75,
-}
 # Of the queries' size: read by half and written by half; then the same for the
 # outputs, all of which are written. Backward does both twice.
 MOVED = {"forward": 2.5, "backward": 5.0}

@@ -17,7 +17,7 @@ import importlib.metadata
 import json
 import multiprocessing
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -84,13 +84,18 @@ class CycleConfig:
     if self.workers < 1:
       raise UserError(f"`--workers` must be at least 1, got {self.workers}.")
 
-  def compile(self, listed: list["Case"], problem: Problem) -> "Results":
+  def compile(
+    self,
+    listed: list[Any],
+    problem: Any,
+    compile_one: Callable[[Any, Any], Schedules | str] = compile_case,
+  ) -> dict[Any, Schedules | str]:
     """Every case; says how far it is."""
     progress = rich.console.Console(stderr=True, highlight=False)
-    return compile_all(listed, problem, self.workers, progress)
+    return compile_all(listed, problem, self.workers, progress, compile_one)
 
   def write(
-    self, console: rich.console.Console, problem: Problem, **figures: Any
+    self, console: rich.console.Console, problem: Any, **figures: Any
   ) -> None:
     """Writes the figures, and what they depend on."""
     if self.json is None:
@@ -140,27 +145,31 @@ def cases(chips: Iterable[str]) -> list[Case]:
   return found
 
 
-def compile_alone(case: Case, problem: Problem) -> Schedules | str:
+def compile_alone(
+  compile_one: Callable[[Any, Any], Schedules | str], case: Any, problem: Any
+) -> Schedules | str:
   """A case in a fresh process, which a compiler may take down with it."""
   spawn = multiprocessing.get_context("spawn")
   with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as pool:
     try:
-      return pool.submit(compile_case, case, problem).result()
+      return pool.submit(compile_one, case, problem).result()
     except concurrent.futures.process.BrokenProcessPool:
       return "the compiler crashed"
 
 
 def compile_all(
-  listed: list[Case],
-  problem: Problem,
+  listed: list[Any],
+  problem: Any,
   workers: int,
   console: rich.console.Console,
-) -> Results:
+  compile_one: Callable[[Any, Any], Schedules | str],
+) -> dict[Any, Schedules | str]:
   """Every case; so many at once."""
-  results: Results = {}
+  results: dict[Any, Schedules | str] = {}
   with concurrent.futures.ThreadPoolExecutor(workers) as pool:
     pending = {
-      pool.submit(compile_alone, case, problem): case for case in listed
+      pool.submit(compile_alone, compile_one, case, problem): case
+      for case in listed
     }
     for future in concurrent.futures.as_completed(pending):
       case = pending[future]

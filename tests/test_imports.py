@@ -21,6 +21,7 @@ PUBLIC = [
   "jaxheads.data",
   "jaxheads.errors",
   "jaxheads.flops",
+  "jaxheads.kvcache",
   "jaxheads.models",
   "jaxheads.moh",
   "jaxheads.nn",

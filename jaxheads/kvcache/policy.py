@@ -38,7 +38,10 @@ class Plan(NamedTuple):
   heads: Int[np.ndarray, "R K"] | None = None
 
   def kept_fraction(self, length: int) -> float:
-    """Tokens kept over those of the full cache: the effective budget."""
+    """Tokens kept over those of the full cache: the effective budget.
+
+    An upper bound of it, where `lengths` are upper bounds.
+    """
     return float(self.lengths.sum()) / max(1, self.lengths.size * length)
 
 

@@ -44,6 +44,21 @@ class Outputs(NamedTuple):
   head_of_slot: Int[Array, "R K"] | None = None
 
 
+class Memory(NamedTuple):
+  """Bytes on the device; together the peak.
+
+  Attributes:
+    pool: Pages of keys and values.
+    weights: The model.
+    temporaries: What the program that needs most of them needs, as its
+      compiler says.
+  """
+
+  pool: int
+  weights: int
+  temporaries: int
+
+
 class Device:
   """Runs turns in order; each program is compiled once for a size.
 
@@ -87,33 +102,35 @@ class Device:
     self._vocab_size = config.vocab_size
     # What is kept of prompts whose rows wait for their pages, by slot.
     self._kept: dict[int, Kept] = {}
-    graphdef, variables = nnx.split(model)
+    graphdef, self._variables = nnx.split(model)
 
     def program(run: Callable[..., Any]) -> "_Program":
-      return _Program(run, graphdef, variables)
+      return _Program(run, graphdef, self._variables)
 
     self._read_on = program(programs.read_on)
     self._finish_prompt = program(programs.finish_prompt)
     self._place_rows = program(programs.place_rows)
     self._step = program(programs.step)
+    self._programs = (
+      self._read_on,
+      self._finish_prompt,
+      self._place_rows,
+      self._step,
+    )
 
   @property
   def num_compiled(self) -> int:
     """Programs so far."""
-    return sum(
-      program.num_compiled
-      for program in (
-        self._read_on,
-        self._finish_prompt,
-        self._place_rows,
-        self._step,
-      )
-    )
+    return sum(program.num_compiled for program in self._programs)
 
   @property
-  def pool_bytes(self) -> int:
-    """Memory of all pages."""
-    return self._state.pages.nbytes
+  def memory(self) -> Memory:
+    """What the device must hold at once."""
+    return Memory(
+      pool=self._state.pages.nbytes,
+      weights=sum(x.nbytes for x in jax.tree.leaves(self._variables)),
+      temporaries=max(program.temporary_bytes for program in self._programs),
+    )
 
   def run(self, turn: Turn) -> Outputs:
     """Gives the device a turn; returns before it is done."""
@@ -279,12 +296,18 @@ class _Program:
     self._run = run
     self._graphdef = graphdef
     self._variables = variables
-    self._keys: set[Any] = set()
+    # By sizes; programs of equal models are shared.
+    self._compiled: dict[Any, Any] = {}
 
   @property
   def num_compiled(self) -> int:
-    """Sizes so far; programs of equal models are shared."""
-    return len(self._keys)
+    return len(self._compiled)
+
+  @property
+  def temporary_bytes(self) -> int:
+    """Of the size that needs most; 0 if compilers do not say."""
+    found = (run.memory_analysis() for run in self._compiled.values())
+    return max((x.temp_size_in_bytes for x in found if x), default=0)
 
   def prepare(
     self, state: State, *args: Any, **settings: Any
@@ -292,8 +315,9 @@ class _Program:
     """Compiles for arguments of these shapes, unless that has been done."""
     leaves, tree = jax.tree.flatten((self._variables, state, *args))
     key = (tuple(map(_abstract, leaves)), tree, tuple(settings.items()))
-    self._keys.add(key)
-    return _compile(self._run, self._graphdef, *key)
+    if key not in self._compiled:
+      self._compiled[key] = _compile(self._run, self._graphdef, *key)
+    return self._compiled[key]
 
   def __call__(self, state: State, *args: Any, **settings: Any) -> Any:
     run = self.prepare(state, *args, **settings)

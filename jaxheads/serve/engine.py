@@ -11,8 +11,9 @@ from jaxtyping import Int
 from jaxheads.kvcache.by_context import ByContext
 from jaxheads.kvcache.full import Full
 from jaxheads.kvcache.policy import CacheShape, Policy
+from jaxheads.models.config import ModelConfig
 from jaxheads.models.decoder import DecoderLM
-from jaxheads.serve.device import Device, Outputs
+from jaxheads.serve.device import Device, Memory, Outputs
 from jaxheads.serve.request import Event, FinishReason, Request
 from jaxheads.serve.scheduler import Scheduler
 from jaxheads.serve.turn import Turn
@@ -48,6 +49,23 @@ class EngineConfig:
   chunk: int | None = None
   prefix_sharing: bool = False
   dtype: Any = None
+
+  def resolve_page_size(self, model: ModelConfig) -> int:
+    """Tokens of a page for a model on this machine.
+
+    Raises:
+      ValueError: `page_size` does not fit the model's contexts.
+    """
+    blocks = {c.block_size for c in model.contexts if c is not None}
+    page_size = self.page_size
+    if page_size is None:
+      page_size = max(blocks, default=_PAGE_SIZES[platform.current()])
+    if blocks - {page_size}:
+      raise ValueError(
+        "`page_size` must be the block size of the model's contexts, "
+        f"{sorted(blocks)}, got {page_size}."
+      )
+    return page_size
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -123,15 +141,7 @@ class Engine:
   ) -> None:
     config = EngineConfig() if config is None else config
     sizes = model.config
-    blocks = {c.block_size for c in sizes.contexts if c is not None}
-    page_size = config.page_size
-    if page_size is None:
-      page_size = max(blocks, default=_PAGE_SIZES[platform.current()])
-    if blocks - {page_size}:
-      raise ValueError(
-        f"`page_size` must be the block size of the model's contexts, "
-        f"{sorted(blocks)}, got {page_size}."
-      )
+    page_size = config.resolve_page_size(sizes)
     longest = sizes.max_seq_len
     max_length = longest if config.max_length is None else config.max_length
     if not 2 <= max_length <= longest:
@@ -145,7 +155,7 @@ class Engine:
       rows = shape.num_layers * shape.num_kv_heads * config.max_batch
       num_pages = 1 + rows * -(-max_length // page_size)
     policy = Full() if policy is None else policy
-    if blocks:
+    if any(sizes.contexts):
       policy = ByContext(policy=policy, contexts=sizes.contexts)
     self._scheduler = Scheduler(
       shape=shape,
@@ -235,6 +245,11 @@ class Engine:
     """Compiles every program that requests may need; returns how many."""
     self._device.compile_all()
     return self._device.num_compiled
+
+  @property
+  def memory(self) -> Memory:
+    """What the device holds for the programs compiled so far."""
+    return self._device.memory
 
   def stats(self) -> EngineStats:
     """For metrics."""

@@ -81,16 +81,21 @@ def read_prompt(
       are for now.
   """
   length = prompt.start + prompt.count
-  positions = prompt.start + jnp.arange(prompt.tokens.shape[0])
+  index = jnp.arange(prompt.tokens.shape[0])
+  positions = prompt.start + index
+  is_real = (index < prompt.count)[:, None, None]
 
   def layer(
     block: DecoderBlock, carry: tuple[Array, Pages], inputs: tuple[Any, ...]
   ) -> tuple[tuple[Array, Pages], Kept | None]:
     x, pages = carry
-    index, prompt_pages, row_pages, plan = inputs
+    number, prompt_pages, row_pages, plan = inputs
     attention = block.attention
     h = block.attention_norm(x)
-    k, v = (y[0] for y in attention.project_kv(h, positions[None]))
+    k, v = (
+      jnp.where(is_real, y[0], 0)
+      for y in attention.project_kv(h, positions[None])
+    )
     if prompt_pages is not None:
       k, v, pages = _continue(pages, prompt_pages, k, v, prompt.start)
     out = attention.attend(h, k[None], v[None], q_offset=prompt.start)
@@ -104,7 +109,7 @@ def read_prompt(
         v=v,
         length=length,
         w_o=attention.out.kernel[...],
-        layer=index,
+        layer=number,
       )
       keep = policy.keep(window, plan)
       rows = compact(keep, k, v)
@@ -166,7 +171,7 @@ def decode(
     block: DecoderBlock, carry: tuple[Array, Pages], inputs: tuple[Any, ...]
   ) -> tuple[tuple[Array, Pages], None]:
     x, pages = carry
-    numbers, lengths, write, head_of_slot = inputs
+    numbers, lengths, write, is_new, head_of_slot = inputs
     attention = block.attention
     h = block.attention_norm(x)
     # Each KV head's arrays to its row slot, and back.
@@ -179,7 +184,9 @@ def decode(
     number = jnp.take_along_axis(numbers, at[..., None], axis=-1)[..., 0]
     number = jnp.where(active[:, None] > 0, number, 0)
     offset = write % pages.page_size
-    pages = pages.append(number.reshape(-1), offset.reshape(-1), k, v)
+    pages = pages.append(
+      number.reshape(-1), offset.reshape(-1), is_new.reshape(-1), k, v
+    )
     lengths = jnp.where(active[:, None] > 0, lengths, 0)
     starts, listed = _list_pages(numbers, lengths, pages.page_size, entries)
 
@@ -194,9 +201,11 @@ def decode(
       q = jnp.take_along_axis(q, to_slot[..., None], axis=1)
       out = paged_attention(
         q.reshape(batch * kv_heads, groups, -1),
-        pages.k,
-        pages.v,
+        pages.k.stored,
+        pages.v.stored,
         PageTable(listed, starts, seen.reshape(-1)),
+        k_scales=pages.k.scales,
+        v_scales=pages.v.scales,
       )
       out = out.reshape(q.shape)
       slot_of_head = jnp.argsort(head_of_slot, axis=1)
@@ -207,7 +216,13 @@ def decode(
     return (x + block.mlp(block.mlp_norm(x)), pages), None
 
   x = model.embedding(tokens[:, None])
-  inputs = (rows.pages, rows.lengths, step.write, rows.head_of_slot)
+  inputs = (
+    rows.pages,
+    rows.lengths,
+    step.write,
+    step.new_page,
+    rows.head_of_slot,
+  )
   (x, pages), _ = model.scan_layers(layer, (x, pages), inputs)
   return model.logits(x)[:, 0], pages
 

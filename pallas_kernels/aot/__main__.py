@@ -1,7 +1,9 @@
-r"""Asks whether head attention compiles for a chip that is not here.
+r"""Asks whether attention compiles for a chip that is not here.
 
   python -m pallas_kernels.aot --chip v5e --seq-len 131072 --heads 32 \
     --kv-heads 8 --head-dim 128 --block 64 --local 8 --stride 16 --backward
+  python -m pallas_kernels.aot --chip v6e --operation paged_attention \
+    --batch 8 --seq-len 8192 --kv-heads 8 --page-dtype int8
 
 Prints what it needs; exits with 1, and says why, if it does not compile, with 3
 if the compiler is not installed: `pip install 'jaxheads[aot]'`.
@@ -11,21 +13,13 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import jax
-import jax.numpy as jnp
 
-from pallas_kernels.aot.compile import DoesNotCompile, compile_for, tracing_for
+from pallas_kernels.aot.compile import DoesNotCompile, compile_for
+from pallas_kernels.aot.programs import PROGRAMS
 from pallas_kernels.aot.targets import CHIP_NAMES, CompilerMissing, find
-from pallas_kernels.head_attention import (
-  HeadContexts,
-  Strided,
-  Tiling,
-  api,
-  head_attention,
-)
-from pallas_kernels.head_attention.operands import Operands, Settings
 
 
 class _Parser(argparse.ArgumentParser):
@@ -60,6 +54,12 @@ def _parser() -> argparse.ArgumentParser:
   )
   add, positive = parser.add_argument, _at_least(1)
   add("--chip", required=True, choices=CHIP_NAMES, help="to compile for")
+  add(
+    "--operation",
+    choices=tuple(PROGRAMS),
+    default="head_attention",
+    help="routed attention has half of the heads active (%(default)s)",
+  )
   add("--batch", type=positive, default=1, help="sequences (%(default)s)")
   add("--seq-len", type=positive, default=8192, help="tokens (%(default)s)")
   add("--heads", type=positive, default=32, help="query heads (%(default)s)")
@@ -86,6 +86,17 @@ def _parser() -> argparse.ArgumentParser:
   add("--implementation", help="one by name (the best that fits)")
   add("--block-q", type=positive, help="queries of a tile (a tuned size)")
   add("--block-kv", type=positive, help="keys of a tile (a tuned size)")
+  add(
+    "--page-size",
+    type=positive,
+    default=128,
+    help="tokens of a page, of paged attention (%(default)s)",
+  )
+  add(
+    "--page-dtype",
+    choices=("int8", "float8_e4m3fn", "float8_e5m2"),
+    help="of quantised pages (not quantised)",
+  )
   return parser
 
 
@@ -95,16 +106,19 @@ def main(arguments: list[str] | None = None) -> int:
   flags = parser.parse_args(arguments)
   if (flags.block_q is None) != (flags.block_kv is None):
     parser.error("--block-q and --block-kv go together")
+  if flags.operation != "head_attention" and flags.block_q is not None:
+    parser.error("--block-q and --block-kv are head attention's")
+  if flags.operation == "paged_attention" and flags.backward:
+    parser.error("--backward: paged attention has no gradients")
+  if flags.operation != "paged_attention" and flags.page_dtype is not None:
+    parser.error("--page-dtype is paged attention's")
   # Nothing runs here: a TPU or GPU that is there stays free for others.
   jax.config.update("jax_platforms", "cpu")
   # Only programs may silence the compiler's log; libraries must not.
   os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
   os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
   try:
-    tiling = None
-    if flags.block_q is not None:
-      tiling = Tiling(block_q=flags.block_q, block_kv=flags.block_kv)
-    report = _compile(flags, tiling)
+    report = _compile(flags)
   except (TypeError, ValueError) as error:
     parser.error(str(error))
   except CompilerMissing as error:
@@ -117,90 +131,24 @@ def main(arguments: list[str] | None = None) -> int:
   return 0
 
 
-def _compile(
-  flags: argparse.Namespace, tiling: Tiling | None
-) -> list[tuple[str, str]]:
+def _compile(flags: argparse.Namespace) -> list[tuple[str, str]]:
   """What there is to say about the shape, line by line."""
-  kv_heads = flags.kv_heads or flags.heads
-  dtype = jnp.dtype(flags.dtype)
-  q, kv = (
-    jax.ShapeDtypeStruct(
-      (flags.batch, flags.seq_len, heads, flags.head_dim), dtype
-    )
-    for heads in (flags.heads, kv_heads)
-  )
-  pattern = _pattern(flags, kv_heads)
-  options: dict[str, Any] = dict(
-    pattern=pattern, tiling=tiling, implementation=flags.implementation
-  )
-
-  def forward(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    return head_attention(q, k, v, **options)
-
-  def both(
-    q: jax.Array, k: jax.Array, v: jax.Array, d_out: jax.Array
-  ) -> tuple[jax.Array, ...]:
-    return jax.vjp(forward, q, k, v)[1](d_out)
-
-  program: Callable[..., Any] = forward
-  arguments: tuple[jax.ShapeDtypeStruct, ...] = (q, kv, kv)
-  if flags.backward:
-    program, arguments = both, (q, kv, kv, q)
-  with tracing_for(find(flags.chip)):
-    name, tiles = _choice(q, kv, kv, **options)
-  report = compile_for(flags.chip, program, *arguments)
+  program = PROGRAMS[flags.operation](flags)
+  report = compile_for(flags.chip, program.function, *program.arguments)
+  # The best one that is not plain XLA, if any kernel is.
+  kernel = "mosaic_tpu" if find(flags.chip).platform == "tpu" else "triton"
+  name = flags.implementation or (kernel if report.kernels else "xla")
   return [
     ("chip", report.chip),
     ("compiles", "yes, forward and backward" if flags.backward else "yes"),
     ("implementation", name),
-    ("tiles", tiles),
+    ("tiles", program.tiles),
     ("kernels", ", ".join(report.kernels) or "none: plain XLA"),
     ("arguments", size_text(report.argument_bytes)),
     ("results", size_text(report.output_bytes)),
     ("temporary", size_text(report.temp_bytes)),
     ("compile time", f"{report.seconds:.1f} s"),
   ]
-
-
-def _choice(
-  q: jax.ShapeDtypeStruct,
-  k: jax.ShapeDtypeStruct,
-  v: jax.ShapeDtypeStruct,
-  *,
-  pattern: HeadContexts,
-  tiling: Tiling | None,
-  implementation: str | None,
-) -> tuple[str, str]:
-  """Which implementation runs, and its tiles as text."""
-  settings = Settings(
-    pattern=pattern,
-    scale=1.0,
-    logits_soft_cap=None,
-    q_offset=0,
-    tiling=tiling,
-  )
-  offset = jax.ShapeDtypeStruct((), jnp.int32)
-  operands = Operands(q, k, v, None, None, offset)  # type: ignore[arg-type]
-  name = api.choose(implementation, settings, operands)
-  if tiling is None:
-    return name, "chosen by the implementation"
-  return name, f"{tiling.block_q} queries x {tiling.block_kv} keys"
-
-
-def _pattern(flags: argparse.Namespace, kv_heads: int) -> HeadContexts:
-  """Strided contexts that the heads of a KV head share."""
-  groups = max(1, flags.heads // kv_heads)
-  return HeadContexts(
-    flags.block,
-    tuple(
-      Strided(
-        local=flags.local,
-        stride=flags.stride,
-        residue=-(head // groups) % max(1, flags.stride),
-      )
-      for head in range(flags.heads)
-    ),
-  )
 
 
 def size_text(count: int) -> str:

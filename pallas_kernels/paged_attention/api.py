@@ -1,6 +1,6 @@
 """Public door of paged attention."""
 
-from typing import cast
+from typing import Any, cast
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -21,6 +21,9 @@ _ORDER = ("mosaic_tpu", "triton", "xla")
 _NAMED = (*_ORDER, "reference")
 _OPERATION = "paged_attention"
 
+# What pages may hold besides floats as wide as the queries.
+QUANTISED = (jnp.int8, jnp.float8_e4m3fn, jnp.float8_e5m2)
+
 
 def paged_attention(
   q: Float[Array, "R Q H"],
@@ -28,6 +31,8 @@ def paged_attention(
   v_pages: Float[Array, "P page H"],
   table: PageTable,
   *,
+  k_scales: Float[Array, " P"] | None = None,
+  v_scales: Float[Array, " P"] | None = None,
   seen: Int[Array, "R Q"] | None = None,
   scale: float | None = None,
   implementation: str | None = None,
@@ -47,10 +52,13 @@ def paged_attention(
   Args:
     q: Queries (after RoPE).
     k_pages, v_pages: The pool: keys (after RoPE) and values. Arrays of uint16
-      are bfloat16 by their bits: XLA's CPU compiler updates those in place.
+      are bfloat16 by their bits and arrays of uint8 float8_e4m3fn: XLA's CPU
+      compiler updates those in place.
     table: Which pages hold the tokens of each row. Page numbers outside the
       pool and rows beyond the table are read as some page of it, never out of
       bounds.
+    k_scales, v_scales: What the numbers of each page are multiplied with, for
+      quantised pages: int8, float8_e4m3fn or float8_e5m2.
     seen: How many tokens of its row each query sees, for several new tokens
       that are in the cache already; `None` is all.
     scale: Multiplies the logits; `None` means H ** -0.5.
@@ -73,6 +81,8 @@ def paged_attention(
   check_shape("q", q, "R Q H", sizes)
   check_shape("k_pages", k_pages, "P page H", sizes)
   check_shape("v_pages", v_pages, "P page H", sizes)
+  check_shape("k_scales", k_scales, "P", sizes)
+  check_shape("v_scales", v_scales, "P", sizes)
   check_shape("table.starts", table.starts, "R", sizes)
   check_shape("table.lengths", table.lengths, "R", sizes)
   check_shape("seen", seen, "R Q", sizes)
@@ -89,6 +99,9 @@ def paged_attention(
       f"`v_pages` must have k_pages's dtype {k_pages.dtype}, got "
       f"{v_pages.dtype}."
     )
+  stored = (k_pages, v_pages)
+  k_pages, v_pages = map(as_floats, stored)
+  _check_scales(k_pages.dtype, k_scales, v_scales)
   if 0 in (q.size, k_pages.size, table.pages.size):  # Nothing is seen.
     return jnp.zeros_like(q)
   lengths = jnp.broadcast_to(table.lengths[:, None], q.shape[:2])
@@ -97,7 +110,7 @@ def paged_attention(
     scale=q.shape[-1] ** -0.5 if scale is None else float(scale),
     interpret=platform.interpret(),
   )
-  operands = Operands(q, k_pages, v_pages, table, seen)
+  operands = Operands(q, k_pages, v_pages, table, seen, k_scales, v_scales)
   name = _dispatch.choose(
     _OPERATION,
     implementation,
@@ -106,11 +119,29 @@ def paged_attention(
     order=_ORDER,
     named=_NAMED,
   )
-  if name != "xla":
-    operands = operands._replace(
-      k_pages=as_floats(k_pages), v_pages=as_floats(v_pages)
-    )
+  if name == "xla":
+    operands = operands._replace(k_pages=stored[0], v_pages=stored[1])
   if name == "reference":
     return reference.attention(settings, operands)
   module = cast(Implementation, _dispatch.load(_OPERATION, name))
   return module.attention(settings, operands)
+
+
+def _check_scales(
+  dtype: Any, k_scales: Array | None, v_scales: Array | None
+) -> None:
+  is_quantised = dtype in QUANTISED
+  is_float = jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize > 1
+  if not is_quantised and not is_float:
+    names = ", ".join(jnp.dtype(each).name for each in QUANTISED)
+    raise ValueError(
+      f"`k_pages` must hold floats or one of {names}, got {dtype}."
+    )
+  for name, scales in (("k_scales", k_scales), ("v_scales", v_scales)):
+    if (scales is not None) != is_quantised:
+      raise ValueError(
+        f"`{name}` must be given for quantised pages, and only for them; "
+        f"`k_pages` holds {dtype}."
+      )
+    if scales is not None and not jnp.issubdtype(scales.dtype, jnp.floating):
+      raise ValueError(f"`{name}` must be floats, got {scales.dtype}.")

@@ -19,11 +19,21 @@ class Operands(NamedTuple):
   table: PageTable
   # How many tokens of its row each query sees; no more than there are.
   seen: Int[Array, "R Q"]
+  # What the numbers of a page are multiplied with, if they are quantised.
+  k_scales: Float[Array, " P"] | None = None
+  v_scales: Float[Array, " P"] | None = None
 
   @property
   def page_size(self) -> int:
     """Tokens of a page."""
     return self.k_pages.shape[1]
+
+  @property
+  def dtype(self) -> Any:
+    """Of products: what holds queries and the numbers of pages exactly."""
+    if self.k_scales is not None:
+      return self.q.dtype
+    return jnp.promote_types(self.q.dtype, self.k_pages.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,8 +61,13 @@ class Implementation(Protocol):
     """Output in q's dtype; queries that see nothing give 0."""
 
 
+# Floats by their bits: XLA's CPU compiler updates no short floats in place.
+_BITS = {"uint8": jnp.float8_e4m3fn, "uint16": jnp.bfloat16}
+
+
 def as_floats(pages: Array) -> Float[Array, "*pages"]:
-  """Keys or values as numbers; uint16 is bfloat16 by its bits."""
-  if pages.dtype != jnp.uint16:
+  """Pages as numbers: uint8 and uint16 are short floats by their bits."""
+  dtype = _BITS.get(pages.dtype.name)
+  if dtype is None:
     return pages
-  return jax.lax.bitcast_convert_type(pages, jnp.bfloat16)
+  return jax.lax.bitcast_convert_type(pages, dtype)

@@ -14,6 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float
 
+from pallas_kernels.head_attention.triton.launches import capability
 from pallas_kernels.head_attention.triton.problem import (
   LOG2_E,
   Softmax,
@@ -35,14 +36,26 @@ _TOKENS = 512
 _TILE = 64
 # Rows of a tile of queries: they stay in registers.
 _MOST_QUERIES = 64
+# Compute capability from which Triton converts float8_e4m3fn.
+_LEAST_FP8 = 8.9
 
 
 def refusal(settings: Settings, operands: Operands) -> str | None:
   """Why these inputs are not covered; None if they are."""
-  del settings
   queries = operands.q.shape[1]
   if queries > _MOST_QUERIES:
     return f"`q` may have at most {_MOST_QUERIES} queries a row, got {queries}."
+  here = capability()
+  if (
+    operands.k_pages.dtype == jnp.float8_e4m3fn
+    and not settings.interpret
+    and here is not None
+    and float(here) < _LEAST_FP8
+  ):
+    return (
+      f"pages of float8_e4m3fn need compute capability {_LEAST_FP8}, this is "
+      f"{here}; use pages of int8 or float8_e5m2."
+    )
   return None
 
 
@@ -61,13 +74,16 @@ class _Problem:
 
 def attention(settings: Settings, operands: Operands) -> Float[Array, "R Q H"]:
   """See `operands.Implementation`."""
-  q, k_pages, v_pages, table, seen = operands
+  q, k_pages, v_pages, table, seen, k_scales, v_scales = operands
   rows, queries, size = q.shape
   page_size = operands.page_size
   tokens = max(1, _TOKENS // page_size) * page_size
   steps = make_steps(table, tokens, page_size)
   length = steps.row.shape[0]
-  dtype = jnp.promote_types(q.dtype, k_pages.dtype)
+  dtype = operands.dtype
+  scales = tuple(
+    x.astype(jnp.float32) for x in (k_scales, v_scales) if x is not None
+  )
   problem = _Problem(
     rows,
     queries,
@@ -91,6 +107,7 @@ def attention(settings: Settings, operands: Operands) -> Float[Array, "R Q H"]:
       q.astype(dtype)[:, :, None],
       k_pages[:, :, None],
       v_pages[:, :, None],
+      *scales,
     ),
     out_shape=(
       jax.ShapeDtypeStruct((length, queries, size), jnp.float32),
@@ -116,11 +133,10 @@ def _kernel(
   q_ref: Any,
   k_ref: Any,
   v_ref: Any,
-  values_ref: Any,
-  peak_ref: Any,
-  total_ref: Any,
+  *rest: Any,
 ) -> None:
   """One step: softmax over its tokens, of the queries of its row."""
+  *scales, values_ref, peak_ref, total_ref = rest
   step = pl.program_id(0)
   row, first = row_ref[step], first_ref[step]
   used = row < problem.R
@@ -140,16 +156,27 @@ def _kernel(
     there = tokens < last
     page = divide(tokens, problem.page_size)
     at = jnp.minimum(start + page, pages_ref.shape[0] - 1)
-    number = plgpu.load(pages_ref.at[at], mask=there, other=0)[:, None]
-    place = (number, tokens - page * problem.page_size, zero, problem.H)
+    number = plgpu.load(pages_ref.at[at], mask=there, other=0)
+    place = (
+      number[:, None],
+      tokens - page * problem.page_size,
+      zero,
+      problem.H,
+    )
     k, v = (
       load_rows(ref, *place, exist=there).astype(q.dtype)
       for ref in (k_ref, v_ref)
     )
     logits = dot(q, k, trans_b=True) * (problem.scale * LOG2_E)
+    v_scale = None
+    if scales:
+      k_scale, v_scale = (
+        plgpu.load(ref.at[number], mask=there, other=0.0) for ref in scales
+      )
+      logits *= k_scale[None]
     visible = (tokens[None] < seen[:, None]) & there[None]
     logits = jnp.where(visible, logits, -jnp.inf)
-    return add_to_softmax(softmax, logits, v)
+    return add_to_softmax(softmax, logits, v, v_scale)
 
   acc, m, l = lax.fori_loop(
     0,

@@ -25,7 +25,7 @@ def refusal(settings: Settings, operands: Operands) -> str | None:
 
 def attention(settings: Settings, operands: Operands) -> Float[Array, "R Q H"]:
   """See `operands.Implementation`."""
-  q, k_pages, v_pages, table, seen = operands
+  q, k_pages, v_pages, table, seen, k_scales, v_scales = operands
   rows, queries, size = q.shape
   page_size = operands.page_size
   steps = make_steps(table, page_size, page_size)
@@ -48,6 +48,10 @@ def attention(settings: Settings, operands: Operands) -> Float[Array, "R Q H"]:
       _take(k_pages, page),
       _take(v_pages, page),
       limit,
+      *(
+        None if x is None else x.at[page].get(mode="clip")
+        for x in (k_scales, v_scales)
+      ),
     )
     return jax.tree.map(
       lambda all_, some: jax.lax.dynamic_update_slice_in_dim(all_, some, at, 0),
@@ -70,7 +74,7 @@ def _take(
   pool: Float[Array, "P page H"], page: Int[Array, " c"]
 ) -> Float[Array, "c page H"]:
   """Pages by number."""
-  if pool.dtype == jnp.uint16:
+  if jnp.issubdtype(pool.dtype, jnp.unsignedinteger):
     return as_floats(pool.at[page].get(mode="clip"))
   # As integers, and inside the loop: XLA's CPU compiler would otherwise make a
   # float32 copy of the whole of a bfloat16 pool.
@@ -86,6 +90,8 @@ def _part(
   k: Float[Array, "c page H"],
   v: Float[Array, "c page H"],
   limit: Int[Array, "c Q"],
+  k_scale: Float[Array, " c"] | None,
+  v_scale: Float[Array, " c"] | None,
 ) -> Parts:
   """Of one page each; a query sees tokens before its limit."""
   tokens = jnp.arange(k.shape[1], dtype=jnp.int32)
@@ -95,8 +101,15 @@ def _part(
   logits = scale * jnp.einsum(
     "cqh,cph->cqp", q.astype(jnp.float32), k.astype(jnp.float32)
   )
+  if k_scale is not None:
+    logits *= k_scale.astype(jnp.float32)[:, None, None]
   visible = tokens < limit[..., None]
   logits = jnp.where(visible, logits, LOWEST)
   peak = logits.max(axis=-1)
   weights = jnp.where(visible, jnp.exp(logits - peak[..., None]), 0.0)
-  return jnp.einsum("cqp,cph->cqh", weights, v), peak, weights.sum(axis=-1)
+  values = jnp.einsum("cqp,cph->cqh", weights, v)
+  if v_scale is not None:
+    seen = limit.max(axis=1) > 0
+    v_scale = jnp.where(seen, v_scale.astype(jnp.float32), 0.0)
+    values *= v_scale[:, None, None]
+  return values, peak, weights.sum(axis=-1)

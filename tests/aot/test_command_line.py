@@ -40,6 +40,26 @@ def run(capsys, *flags):
       marks=pytest.mark.compile,
     ),
     (("--chip", "v5e", "--length", "5"), "unrecognized arguments"),
+    (("--chip", "v5e", "--operation", "mlp"), "'mlp'"),
+    (("--chip", "v5e", "--page-dtype", "int8"), "is paged attention's"),
+    (
+      ("--chip", "v5e", "--operation", "paged_attention", "--backward"),
+      "no gradients",
+    ),
+    (
+      (
+        *("--chip", "v5e", "--operation", "routed_attention"),
+        *("--block-q", "128", "--block-kv", "128"),
+      ),
+      "head attention's",
+    ),
+    (
+      (
+        *("--chip", "v5e", "--operation", "paged_attention"),
+        *("--heads", "6", "--kv-heads", "4"),
+      ),
+      "must divide the 6 heads",
+    ),
   ],
 )
 def test_bad_flags_get_one_line(capsys, flags, message):
@@ -57,6 +77,31 @@ def test_a_missing_compiler_is_named(capsys, monkeypatch):
   assert code == 3
   assert "jax-cuda13-plugin" in text
   assert "pip install 'jaxheads[aot]'" in text
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize(
+  ("chip", "flags", "kernel"),
+  [
+    (
+      "v5e",
+      ("--operation", "paged_attention", "--page-dtype", "int8"),
+      "paged_attention (1 x 1)",
+    ),
+    ("sm_90", ("--operation", "paged_attention"), "paged_attention"),
+    (
+      "sm_80",
+      ("--operation", "routed_attention", "--backward"),
+      "routed_attention_forward",
+    ),
+  ],
+)
+def test_other_operations(capsys, chip, flags, kernel):
+  sizes = ("--seq-len", "1024", "--heads", "4", "--head-dim", "64")
+  assert command_line.main(["--chip", chip, *flags, *sizes]) == 0
+  lines = capsys.readouterr().out
+  (named,) = [line for line in lines.splitlines() if "kernels" in line]
+  assert kernel in named
 
 
 @pytest.mark.compile

@@ -354,31 +354,74 @@ DECODE = (
   ("sm_100", 16, 1, 64, 2 * K, 16, "float32"),
 )
 
-
-@pytest.mark.parametrize(
-  ("chip", "rows", "groups", "head_size", "length", "page", "dtype"), DECODE
+# The same with quantised pages: their dtype, and whether always.
+QUANTISED = (
+  (("v5e", 64, 8, 128, 8 * K, 128, "bfloat16"), "int8", True),
+  (("tpu7x", 64, 4, 128, 8 * K, 128, "bfloat16"), "float8_e4m3fn", True),
+  (("sm_90", 64, 4, 128, 8 * K, 64, "bfloat16"), "float8_e4m3fn", True),
+  (("v4", 64, 4, 128, 2 * K, 32, "bfloat16"), "int8", False),
+  (("v5e", 16, 1, 256, 2 * K, 96, "float32"), "float8_e5m2", False),
+  (("v5p", 16, 4, 64, 2 * K, 64, "bfloat16"), "float8_e4m3fn", False),
+  (("v6e", 64, 8, 128, 32 * K, 256, "bfloat16"), "float8_e4m3fn", False),
+  (("tpu7x", 64, 1, 128, 8 * K, 32, "float32"), "int8", False),
+  (("sm_80", 64, 8, 128, 32 * K, 64, "bfloat16"), "int8", False),
+  (("sm_80", 16, 4, 96, 2 * K, 64, "float32"), "float8_e5m2", False),
+  (("sm_90", 16, 1, 64, 2 * K, 16, "float32"), "int8", False),
+  (("sm_100", 64, 4, 128, 8 * K, 64, "bfloat16"), "float8_e4m3fn", False),
 )
-def test_paged_attention_compiles(
-  chip, rows, groups, head_size, length, page, dtype
-):
-  implementation = "triton" if chip.startswith("sm") else "mosaic_tpu"
 
-  def program(q, k, v, lengths):
+
+def decode_grid():
+  for case in DECODE:
+    yield pytest.param(*case, None, id="-".join(map(str, case)))
+  for case, dtype, always in QUANTISED:
+    marks = [] if always else [pytest.mark.exhaustive]
+    name = "-".join(map(str, (*case, dtype)))
+    yield pytest.param(*case, dtype, id=name, marks=marks)
+
+
+def decode_program(case, page_dtype, implementation):
+  """A step of decoding, and its arguments."""
+  _, rows, groups, head_size, length, page, dtype = case
+
+  def program(q, k, v, lengths, scales):
+    k_scales, v_scales = scales or (None, None)
     table = PageTable.contiguous(lengths, pages_per_row=length // page)
-    return paged_attention(q, k, v, table, implementation=implementation)
+    return paged_attention(
+      q,
+      k,
+      v,
+      table,
+      k_scales=k_scales,
+      v_scales=v_scales,
+      implementation=implementation,
+    )
 
   def shape(*sizes, dtype=dtype):
     return jax.ShapeDtypeStruct(sizes, dtype)
 
-  pool = shape(rows * length // page, page, head_size)
-  report = compile_for(
-    chip,
-    program,
+  count = rows * (length // page)
+  pool = shape(count, page, head_size, dtype=page_dtype or dtype)
+  return program, (
     shape(rows, groups, head_size),
     pool,
     pool,
     shape(rows, dtype=jnp.int32),
+    (shape(count, dtype=jnp.float32),) * 2 if page_dtype else (),
   )
+
+
+@pytest.mark.parametrize(
+  ("chip", "rows", "groups", "head_size", "length", "page", "dtype", "pages"),
+  list(decode_grid()),
+)
+def test_paged_attention_compiles(
+  chip, rows, groups, head_size, length, page, dtype, pages
+):
+  implementation = "triton" if chip.startswith("sm") else "mosaic_tpu"
+  case = (chip, rows, groups, head_size, length, page, dtype)
+  program, arguments = decode_program(case, pages, implementation)
+  report = compile_for(chip, program, *arguments)
   (kernel,) = report.kernels
   assert kernel.startswith("paged_attention")
   # On GPUs every 512 tokens of a row leave a part that is merged.
@@ -386,6 +429,16 @@ def test_paged_attention_compiles(
   if head_size % 128 == 0 or implementation == "triton":
     # The pool is read where it lies; TPUs may pad narrower heads first.
     assert report.temp_bytes + report.code_bytes < parts + 4 * MIB
+
+
+def test_pages_that_a_gpu_cannot_convert_are_refused():
+  # Triton's compiler would take the process down.
+  case = ("sm_80", 8, 4, 64, 512, 64, "bfloat16")
+  program, arguments = decode_program(case, "float8_e4m3fn", "triton")
+  with pytest.raises(NotImplementedError, match=r"8\.9, this is 8\.0; use"):
+    compile_for("sm_80", program, *arguments)
+  program, arguments = decode_program(case, "float8_e4m3fn", None)
+  assert not compile_for("sm_80", program, *arguments).kernels  # By XLA.
 
 
 def command_line(*flags):

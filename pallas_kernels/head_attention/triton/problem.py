@@ -160,7 +160,8 @@ def load_rows(
   if mask is None:
     return plgpu.load(where)
   mask = jnp.broadcast_to(mask, (rows.size, columns.size))
-  return plgpu.load(where, mask=mask, other=0.0)
+  other = 0.0 if jnp.issubdtype(ref.dtype, jnp.floating) else 0
+  return plgpu.load(where, mask=mask, other=other)
 
 
 def store_rows(
@@ -217,14 +218,22 @@ def softmax_of_nothing(queries: int, columns: int) -> Softmax:
 
 
 def add_to_softmax(
-  softmax: Softmax, logits: jax.Array, v: jax.Array
+  softmax: Softmax,
+  logits: jax.Array,
+  v: jax.Array,
+  v_scale: jax.Array | None = None,
 ) -> Softmax:
-  """With a tile more: logits in base 2 [queries, keys], values [keys, Hv]."""
+  """With a tile more: logits in base 2 [queries, keys], values [keys, Hv].
+
+  `v_scale` [keys] multiplies the values.
+  """
   acc, m, l = softmax
   top = jnp.maximum(m, jnp.max(logits, axis=1))
   weights = jnp.exp2(logits - top[:, None])
   shrink = jnp.exp2(m - top)
   l = l * shrink + jnp.sum(weights, axis=1)
+  if v_scale is not None:
+    weights *= v_scale[None]
   return acc * shrink[:, None] + dot(weights.astype(v.dtype), v), top, l
 
 

@@ -4,7 +4,6 @@ import dataclasses
 
 import hypothesis
 import hypothesis.strategies as st
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -15,78 +14,19 @@ from pallas_kernels.paged_attention import (
   PageTable,
   mosaic_tpu,
   paged_attention,
-  triton,
-  xla,
 )
 from pallas_kernels.paged_attention.steps import make_steps
+from tests.pallas_kernels.paged_attention.cases import (
+  FORWARD,
+  IMPLEMENTATIONS,
+  draw,
+  expected,
+  run,
+  small_turns,
+)
 
-FORWARD = 1e-5
-IMPLEMENTATIONS = ("reference", "xla", "mosaic_tpu", "triton")
+_small_turns = pytest.fixture(autouse=True)(small_turns)
 RACES = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
-
-
-@pytest.fixture(autouse=True)
-def _small_turns(monkeypatch):
-  """Several turns and steps at lengths that take no time."""
-  monkeypatch.setattr(xla, "_TOKENS", 24)
-  monkeypatch.setattr(mosaic_tpu, "_TOKENS", 16)
-  monkeypatch.setattr(triton, "_TOKENS", 16)
-
-
-def draw(seed, lengths, *, Q=3, H=8, page=8, slack=2, dtype=jnp.float32):
-  """A pool with pages of every row scattered in it, and NaN in the rest."""
-  rng = np.random.default_rng(seed)
-  counts = [-(-length // page) for length in lengths]
-  total = sum(counts)
-  order = rng.permutation(total + slack)
-  pool = np.full((2, total + slack, page, H), np.nan)
-  rows, pages, at = [], [], 0
-  for length, count in zip(lengths, counts, strict=True):
-    mine = order[at : at + count]
-    keys = rng.normal(size=(2, count * page, H))
-    keys[:, length:] = np.nan
-    pool[:, mine] = keys.reshape(2, count, page, H)
-    rows.append(keys[:, :length])
-    pages.extend(mine)
-    at += count
-  starts = np.cumsum([0, *counts[:-1]])
-  # Entries that no row uses lead nowhere.
-  table = PageTable(
-    jnp.asarray([*pages, 10**6], jnp.int32),
-    jnp.asarray(starts, jnp.int32),
-    jnp.asarray(lengths, jnp.int32),
-  )
-  q = rng.normal(size=(len(lengths), Q, H))
-  arrays = (jnp.asarray(x, dtype) for x in (q, *pool))
-  return tuple(arrays), table, rows
-
-
-def expected(q, rows, seen=None, scale=None):
-  """By the definition, row by row, in float64."""
-  q = np.asarray(q, np.float64)
-  out = np.zeros(q.shape)
-  scale = q.shape[-1] ** -0.5 if scale is None else scale
-  for r, (k, v) in enumerate(rows):
-    for i in range(q.shape[1]):
-      n = len(k) if seen is None else min(len(k), int(seen[r, i]))
-      if n < 1:
-        continue
-      logits = scale * k[:n] @ q[r, i]
-      weights = np.exp(logits - logits.max())
-      out[r, i] = weights @ v[:n] / weights.sum()
-  return out
-
-
-def run(implementation, arrays, table, interpret=True, **options):
-  with platform.interpreting(interpret):
-    return jax.jit(
-      lambda arrays, table, seen: paged_attention(
-        *arrays,
-        table,
-        **options | {"seen": seen},
-        implementation=implementation,
-      )
-    )(arrays, table, options.get("seen"))
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -118,10 +58,23 @@ def test_nothing_is_read_of_rows_of_no_tokens():
     np.testing.assert_array_equal(got, np.zeros_like(got), implementation)
 
 
+# Cores, and bytes of the queries and outputs of a grid step.
+@pytest.mark.parametrize(("cores", "row_bytes"), [(1, 1), (2, 1), (2, 1 << 20)])
+def test_tpu_cores_share_the_rows(monkeypatch, cores, row_bytes):
+  monkeypatch.setattr(mosaic_tpu, "_cores", lambda: cores)
+  monkeypatch.setattr(mosaic_tpu, "_ROW_BYTES", row_bytes)
+  monkeypatch.setattr(mosaic_tpu, "_SHARED_ROWS", 2)
+  arrays, table, rows = draw(1, [0, 3, 0, 0, 39, 17, 70])
+  got = run("mosaic_tpu", arrays, table)
+  np.testing.assert_allclose(got, expected(arrays[0], rows), atol=FORWARD)
+
+
 @pytest.mark.slow
-def test_no_races_and_nothing_uninitialised_is_read():
-  # Rows of part of a page, whole steps, several steps, and none.
-  arrays, table, rows = draw(1, [3, 16, 0, 39])
+def test_no_races_and_nothing_uninitialised_is_read(monkeypatch):
+  # Rows of part of a page, whole turns, several turns, and none; copies that
+  # begin in one grid step and end in another.
+  monkeypatch.setattr(mosaic_tpu, "_ROW_BYTES", 1 << 14)
+  arrays, table, rows = draw(1, [3, 16, 0, 39, 90])
   got = run("mosaic_tpu", arrays, table, interpret=RACES)
   np.testing.assert_allclose(got, expected(arrays[0], rows), atol=FORWARD)
 
