@@ -180,6 +180,8 @@ class Engine:
       dtype=config.dtype,
     )
     self._budget = budget
+    self._policy = policy
+    self._shape = shape
     self._vocab_size = sizes.vocab_size
     self._live: dict[str, _Live] = {}
     self._flight: _Flight | None = None
@@ -202,6 +204,19 @@ class Engine:
       raise ValueError(f"`id` must be unique, {request.id!r} is in use.")
     self._scheduler.add(request)
     self._live[request.id] = _Live(request)
+
+  def kept_fraction(self, request: Request) -> float:
+    """Share of the prompt's tokens that heads keep: the effective budget.
+
+    At most so much, where it depends on the prompt.
+
+    Raises:
+      ValueError: As `submit`.
+    """
+    budget = self._budget if request.budget is None else request.budget
+    length = len(request.prompt)
+    plan = self._policy.plan(length, budget, self._shape)
+    return plan.kept_fraction(length)
 
   def cancel(self, request_id: str) -> None:
     """Ends a request early; nothing happens if it has ended."""

@@ -28,6 +28,9 @@ class AnyEngine(Protocol):
   def submit(self, request: Request) -> None:
     """Takes a request; `ValueError` if it cannot, `QueueFull` if not now."""
 
+  def kept_fraction(self, request: Request) -> float:
+    """Share of the prompt's tokens that heads keep."""
+
   def cancel(self, request_id: str) -> None:
     """Ends a request early."""
 
@@ -64,6 +67,10 @@ class Answers:
   behind, its requests are cancelled and it gets a `SlowReader`.
 
   As a context manager it cancels, at its end, what still runs.
+
+  Attributes:
+    kept_fractions: Shares of the prompts' tokens that heads keep: the effective
+      budgets, in the order of the requests.
   """
 
   def __init__(self, runner: "Runner", request_ids: Sequence[str]) -> None:
@@ -72,6 +79,7 @@ class Answers:
     self._arrived: collections.deque[tuple[float, Event]] = collections.deque()
     self._news = asyncio.Event()
     self._lost = False
+    self.kept_fractions: tuple[float, ...] = ()
 
   def cancel(self, *request_ids: str) -> None:
     """Ends some of the requests, by default all; they report nothing more."""
@@ -308,6 +316,7 @@ class Runner:
       for request_id in taken:
         engine.cancel(request_id)
       raise
+    answers.kept_fractions = tuple(map(engine.kept_fraction, requests))
     self._owners.update(dict.fromkeys(taken, answers))
 
   def _tell(self, events: Sequence[Event]) -> None:

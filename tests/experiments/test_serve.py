@@ -108,6 +108,8 @@ def test_killed_in_mid_stream_and_started_again(runs, tmp_path, monkeypatch):
   with serving(runs) as (process, client):
     second = client.completions.create(**ask)
     assert second.choices[0].text == first.choices[0].text
+    # What the policy makes of half the cache.
+    assert 0.4 < second.usage.kept_fraction <= 0.5
     with pytest.raises(openai.BadRequestError, match="context is 256 tokens"):
       client.completions.create(model="train_moh-1", prompt="x" * 256)
     with pytest.raises(openai.BadRequestError, match="`budget` must be in"):

@@ -105,6 +105,9 @@ class FakeEngine:
     self.submitted.append(request)
     self._waiting.append(request)
 
+  def kept_fraction(self, request: Request) -> float:
+    return 0.5 if request.budget is None else request.budget
+
   def cancel(self, request_id: str) -> None:
     self.cancelled.append(request_id)
     self._running.pop(request_id, None)

@@ -109,6 +109,7 @@ def test_answers_come_by_prompt_and_their_seeds_count_up(client):
   ]
   assert answer.usage.prompt_tokens == 4
   assert answer.usage.completion_tokens == 32
+  assert answer.usage.kept_fraction == 0.5
 
 
 def test_tokens_are_prompts_too(client):

@@ -211,7 +211,7 @@ class _Api:
       raise _refusal(Draining(), self.limits)
     asked = schema.parse(kind, await _body(request, self.limits))
     self._check_model(asked.model)
-    requests, prompt_tokens = await self._requests(asked)
+    requests = await self._requests(asked)
     deadline = asyncio.get_running_loop().time() + self.limits.seconds
     began = time.monotonic()
     try:
@@ -221,7 +221,9 @@ class _Api:
       raise _refusal(error, self.limits) from error
     except TimeoutError:
       raise _timeout(self.limits) from None
-    self.metrics.prompt_tokens.inc(prompt_tokens)
+    # All answers to a prompt share it.
+    lengths = [len(each.prompt) for each in requests[:: asked.n or 1]]
+    self.metrics.prompt_tokens.inc(sum(lengths))
     request_ids = [request.id for request in requests]
     stops = asked.stop
     if isinstance(asked, schema.Chat):
@@ -231,7 +233,7 @@ class _Api:
       request_ids,
       tokenizer=self.served.tokenizer,
       stops=stops,
-      prompt_tokens=prompt_tokens,
+      prompt_lengths=lengths,
       clock=self.metrics.clock(len(requests), began),
     )
     format_ = form(
@@ -264,8 +266,8 @@ class _Api:
 
   async def _requests(
     self, asked: schema.Completion | schema.Chat
-  ) -> tuple[list[engine_request.Request], int]:
-    """What the engine is asked for, and the tokens of all prompts.
+  ) -> list[engine_request.Request]:
+    """What the engine is asked for: `n` times each prompt, one by one.
 
     Raises:
       ApiError: Too much is asked for, or what no engine could do.
@@ -301,7 +303,7 @@ class _Api:
             budget=asked.budget,
           )
         )
-    return requests, sum(map(len, prompts))
+    return requests
 
   def _tokens(self, prompt: schema.Prompt) -> tuple[int, ...]:
     tokenizer = self.served.tokenizer

@@ -14,7 +14,7 @@ class Format(Protocol):
   """How one response tells its answers."""
 
   def whole(
-    self, pieces: Mapping[int, Piece], usage: dict[str, int]
+    self, pieces: Mapping[int, Piece], usage: dict[str, int | float]
   ) -> dict[str, Any]:
     """The response, when it is not streamed."""
 
@@ -24,7 +24,7 @@ class Format(Protocol):
   def chunk(self, index: int, piece: Piece) -> dict[str, Any]:
     """One piece of a stream."""
 
-  def closing(self, usage: dict[str, int]) -> dict[str, Any]:
+  def closing(self, usage: dict[str, int | float]) -> dict[str, Any]:
     """The usage at the end of a stream."""
 
 
@@ -61,7 +61,7 @@ class CompletionFormat(_Format):
   """/v1/completions."""
 
   def whole(
-    self, pieces: Mapping[int, Piece], usage: dict[str, int]
+    self, pieces: Mapping[int, Piece], usage: dict[str, int | float]
   ) -> dict[str, Any]:
     choices = [self._choice(index, piece) for index, piece in pieces.items()]
     return self._object("text_completion", choices, usage=usage)
@@ -72,7 +72,7 @@ class CompletionFormat(_Format):
   def chunk(self, index: int, piece: Piece) -> dict[str, Any]:
     return self._object("text_completion", [self._choice(index, piece)])
 
-  def closing(self, usage: dict[str, int]) -> dict[str, Any]:
+  def closing(self, usage: dict[str, int | float]) -> dict[str, Any]:
     return self._object("text_completion", [], usage=usage)
 
   def _choice(self, index: int, piece: Piece) -> dict[str, Any]:
@@ -102,7 +102,7 @@ class ChatFormat(_Format):
   """/v1/chat/completions."""
 
   def whole(
-    self, pieces: Mapping[int, Piece], usage: dict[str, int]
+    self, pieces: Mapping[int, Piece], usage: dict[str, int | float]
   ) -> dict[str, Any]:
     choices = [
       self._choice(
@@ -123,7 +123,7 @@ class ChatFormat(_Format):
     choice = self._choice(index, piece, delta=delta)
     return self._object("chat.completion.chunk", [choice])
 
-  def closing(self, usage: dict[str, int]) -> dict[str, Any]:
+  def closing(self, usage: dict[str, int | float]) -> dict[str, Any]:
     return self._object("chat.completion.chunk", [], usage=usage)
 
   def _choice(self, index: int, piece: Piece, **what: Any) -> dict[str, Any]:

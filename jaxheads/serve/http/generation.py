@@ -79,7 +79,7 @@ class Generation:
     answers: Of the engine.
     request_ids: By the index of the answer.
     stops: Stop strings.
-    prompt_tokens: Of all prompts, each counted once.
+    prompt_lengths: Tokens of each prompt; all have as many answers.
     clock: Told when tokens come.
   """
 
@@ -90,13 +90,21 @@ class Generation:
     *,
     tokenizer: Tokenizer,
     stops: Sequence[str],
-    prompt_tokens: int,
+    prompt_lengths: Sequence[int],
     clock: TokenClock,
   ) -> None:
     self._answers = answers
     self._index = {name: index for index, name in enumerate(request_ids)}
     self._texts = [Answer(tokenizer, stops) for _ in request_ids]
-    self._prompt_tokens = prompt_tokens
+    self._prompt_tokens = sum(prompt_lengths)
+    of_each = len(request_ids) // len(prompt_lengths)
+    kept = sum(
+      length * fraction
+      for length, fraction in zip(
+        prompt_lengths, answers.kept_fractions[::of_each], strict=True
+      )
+    )
+    self._kept_fraction = kept / self._prompt_tokens
     self._clock = clock
 
   async def pieces(self) -> AsyncIterator[dict[int, Piece]]:
@@ -135,11 +143,16 @@ class Generation:
         yield pieces
 
   @property
-  def usage(self) -> dict[str, int]:
-    """Tokens of the prompts and of the answers so far."""
+  def usage(self) -> dict[str, int | float]:
+    """Tokens of the prompts and of the answers so far.
+
+    And, beyond the schema, the effective budget: the share of the prompts'
+    cache that was kept.
+    """
     completion = sum(text.num_tokens for text in self._texts)
     return {
       "prompt_tokens": self._prompt_tokens,
       "completion_tokens": completion,
       "total_tokens": self._prompt_tokens + completion,
+      "kept_fraction": self._kept_fraction,
     }
