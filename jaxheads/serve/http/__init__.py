@@ -9,7 +9,7 @@
 | `/` | a page to try it and to watch the heads |
 """
 
-from .app import Limits as Limits
-from .app import Served as Served
 from .app import create_app as create_app
+from .served import Limits as Limits
+from .served import Served as Served
 from .server import serve as serve

@@ -4,6 +4,10 @@ from typing import Any
 
 from starlette.responses import JSONResponse
 
+from jaxheads.serve.http.served import Limits
+from jaxheads.serve.request import QueueFull
+from jaxheads.serve.runner import Draining, EngineFailed
+
 
 class ApiError(Exception):
   """An answer that is no answer.
@@ -33,6 +37,13 @@ class ApiError(Exception):
     self.retry_s = retry_s
 
   @property
+  def outcome(self) -> str:
+    """What it is counted as."""
+    other = "error" if self.status >= 500 else "invalid"
+    outcomes = {408: "timeout", 429: "busy", 503: "draining", 504: "timeout"}
+    return outcomes.get(self.status, other)
+
+  @property
   def body(self) -> dict[str, Any]:
     """The JSON object."""
     kinds = {404: "not_found_error", 429: "rate_limit_error"}
@@ -53,3 +64,32 @@ class ApiError(Exception):
     if self.retry_s is not None:
       headers["retry-after"] = str(self.retry_s)
     return JSONResponse(self.body, self.status, headers)
+
+
+def timeout(limits: Limits) -> ApiError:
+  """There was no time for the whole answer."""
+  return ApiError(
+    504,
+    f"the answer took longer than {limits.seconds:g} seconds",
+    code="timeout",
+  )
+
+
+def refusal(error: Exception, limits: Limits) -> ApiError:
+  """What the engine's refusal is to a client."""
+  if isinstance(error, QueueFull):
+    return ApiError(
+      429,
+      "too many requests wait; try again later",
+      code="queue_full",
+      retry_s=limits.retry_s,
+    )
+  if isinstance(error, Draining):
+    return ApiError(
+      503, "the server is about to stop", code="draining", retry_s=5
+    )
+  if isinstance(error, EngineFailed):
+    return ApiError(500, "the engine has failed", code="engine_failed")
+  message = str(error)
+  named = message.split("`")[1] if message.count("`") >= 2 else None
+  return ApiError(400, message, param=named, code="invalid_value")

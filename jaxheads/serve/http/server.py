@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator
 import uvicorn
 
 from jaxheads.errors import UserError
-from jaxheads.serve.http.app import Limits, Served, create_app
+from jaxheads.serve.http.app import create_app
+from jaxheads.serve.http.served import Limits, Served
 from jaxheads.serve.runner import AnyEngine, Runner
 
 # So long a connection may be idle: longer than clients keep theirs, or they
