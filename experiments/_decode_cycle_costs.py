@@ -80,8 +80,7 @@ def cost(
       for share in shares
     ]
   else:
-    # Without megacore mode it runs on one core of two, as ours on one of them
-    # with half of the rows and its half of the bandwidth.
+    # Half of its blocks on each of two cores, as its megacore mode shares them.
     if case.kernel == "stock, all heads":
       lengths = _longest(problem, lengths)
     turns, rest = stock_turns(case, schedule, problem, lengths)

@@ -19,7 +19,8 @@ IMPLEMENTATIONS = ("reference", "xla", "mosaic_tpu", "triton")
 
 def small_turns(monkeypatch):
   """Several turns and steps at lengths that take no time."""
-  monkeypatch.setattr(xla, "_TOKENS", 24)
+  monkeypatch.setattr(xla, "_TOKENS", 48)
+  monkeypatch.setattr(xla, "_STEP", 16)
   monkeypatch.setattr(mosaic_tpu, "_TOKENS", 16)
   monkeypatch.setattr(mosaic_tpu, "_LEAST_TOKENS", 8)
   monkeypatch.setattr(triton, "_TOKENS", 16)
