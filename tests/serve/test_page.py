@@ -101,7 +101,7 @@ def test_a_completion_streams_and_heads_show_what_they_keep(page):
     ["full", "compressed", "compressed", "compressed"],
     ["full", "full", "compressed", "compressed"],
   ]
-  text_of(chrome, "usage", "10 tokens read, 60 written")
+  text_of(chrome, "usage", "10 tokens read, 75 % kept; 60 written")
   assert find(chrome, "asked").text == "75 %"
   assert "mat; né, 😀 x" in find(chrome, "log").text
   request = server.engine.submitted[-1]
