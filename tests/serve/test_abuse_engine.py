@@ -40,11 +40,25 @@ def resident_bytes():
   return int(pages) * 4096
 
 
+@pytest.fixture(scope="module")
+def alone():
+  alone = engine(max_waiting=2000, num_pages=500)
+  alone.warm_up()
+  return alone
+
+
+@pytest.fixture(scope="module")
+def served():
+  # So few pages that requests have to give theirs up for a while.
+  served = engine(max_waiting=16, num_pages=36)
+  served.warm_up()
+  return served
+
+
 @pytest.mark.exhaustive
-def test_2000_requests_from_64_clients():
+def test_2000_requests_from_64_clients(alone, served):
   """Every good one as the engine alone answers it; then nothing is left."""
   tokenizer = ByteTokenizer()
-  alone = engine(max_waiting=2000, num_pages=500)
 
   def offline(asks: Sequence[Ask]) -> list[str]:
     requests = [
@@ -83,11 +97,7 @@ def test_2000_requests_from_64_clients():
     wait_until(lambda: server.runner._idle.is_set())
     return tally
 
-  # So few pages that requests have to give theirs up for a while.
-  served = engine(max_waiting=16, num_pages=90)
   with live(served) as server:
-    served.warm_up()
-    alone.warm_up()
     run(200, seed=1)
     before = resident_bytes(), sum(x.nbytes for x in jax.live_arrays())
     programs = served.stats().compilations
