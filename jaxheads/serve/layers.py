@@ -84,6 +84,8 @@ def read_prompt(
   index = jnp.arange(prompt.tokens.shape[0])
   positions = prompt.start + index
   is_real = (index < prompt.count)[:, None, None]
+  # Not every kernel takes an offset that it does not know.
+  q_offset = 0 if prompt.prompt_pages is None else prompt.start
 
   def layer(
     block: DecoderBlock, carry: tuple[Array, Pages], inputs: tuple[Any, ...]
@@ -98,7 +100,7 @@ def read_prompt(
     )
     if prompt_pages is not None:
       k, v, pages = _continue(pages, prompt_pages, k, v, prompt.start)
-    out = attention.attend(h, k[None], v[None], q_offset=prompt.start)
+    out = attention.attend(h, k[None], v[None], q_offset=q_offset)
     kept = None
     if policy is not None:
       at = prompt.count - policy.window + jnp.arange(policy.window)
