@@ -63,7 +63,7 @@ def model():
 def state_for(chip, dtype="bfloat16"):
   def make():
     return State(
-      Pages.empty(200, 128, 128, dtype),
+      Pages.empty(1000, 128, 128, dtype),
       Rows.empty(SHAPE, SLOTS, LENGTH, 128),
       Drawing.idle(SLOTS, 256),
     )
