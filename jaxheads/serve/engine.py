@@ -179,6 +179,9 @@ class Engine:
   def submit(self, request: Request) -> None:
     """Takes a request; its tokens come with later steps.
 
+    The id of one that has ended can be used again after the next step: until
+    then the device, or an event, may still speak of it.
+
     Raises:
       ValueError: It can never be served; the message says why.
       QueueFull: Too many requests wait.
@@ -188,7 +191,7 @@ class Engine:
         raise ValueError(
           f"`prompt` must hold tokens in [0, {self._vocab_size}), got {token}."
         )
-    if request.id in self._live or request.id in self._names_in_flight():
+    if request.id in self._live or request.id in self._names_ending():
       raise ValueError(f"`id` must be unique, {request.id!r} is in use.")
     self._scheduler.add(request)
     self._live[request.id] = _Live(request)
@@ -288,11 +291,14 @@ class Engine:
       )
     return found
 
-  def _names_in_flight(self) -> Sequence[str]:
+  def _names_ending(self) -> Sequence[str]:
+    """Ids that events or turns to come may mention, live or not."""
+    names = [event.request_id for event in self._ended]
     if self._flight is None:
-      return ()
+      return names
     turn = self._flight.turn
-    names = [] if turn.decode is None else list(turn.decode.requests)
+    if turn.decode is not None:
+      names += turn.decode.requests
     for part in (turn.prefill, turn.compact):
       if part is not None:
         names.append(part.request.id)
@@ -342,7 +348,7 @@ class Engine:
     top: tuple[tuple[int, float], ...] = ()
     if params.logprobs is not None:
       logprob = float(sampled.logprobs[index])
-      most = params.logprobs
+      most = min(params.logprobs, self._vocab_size)
       top = tuple(
         zip(
           sampled.top_tokens[index, :most].tolist(),
