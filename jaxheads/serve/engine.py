@@ -1,10 +1,12 @@
 """Continuous batching: requests in, tokens out, one turn at a time."""
 
 import dataclasses
+import numbers
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
@@ -38,6 +40,9 @@ class EngineConfig:
     prefix_sharing: Whether prompts that begin alike share their pages while
       they are read; needs `chunk`.
     dtype: Of the cached keys and values; `None` is the model's.
+
+  Raises:
+    ValueError: A size is no integer or below 1, or `dtype` is not floating.
   """
 
   max_batch: int = 8
@@ -48,6 +53,31 @@ class EngineConfig:
   chunk: int | None = None
   prefix_sharing: bool = False
   dtype: Any = None
+
+  def __post_init__(self) -> None:
+    for name, optional in (
+      ("max_batch", False),
+      ("max_waiting", False),
+      ("max_length", True),
+      ("num_pages", True),
+      ("page_size", True),
+      ("chunk", True),
+    ):
+      value = getattr(self, name)
+      if optional and value is None:
+        continue
+      if not isinstance(value, numbers.Integral) or value < 1:
+        raise ValueError(
+          f"`{name}` must be an integer and at least 1, got {value!r}."
+        )
+    if self.dtype is None:
+      return
+    try:
+      floating = jnp.issubdtype(jnp.dtype(self.dtype), jnp.floating)
+    except TypeError:
+      floating = False
+    if not floating:
+      raise ValueError(f"`dtype` must be a floating type, got {self.dtype!r}.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -186,11 +216,7 @@ class Engine:
       ValueError: It can never be served; the message says why.
       QueueFull: Too many requests wait.
     """
-    for token in request.prompt:
-      if not 0 <= token < self._vocab_size:
-        raise ValueError(
-          f"`prompt` must hold tokens in [0, {self._vocab_size}), got {token}."
-        )
+    self._check_prompt(request.prompt)
     if request.id in self._live or request.id in self._names_ending():
       raise ValueError(f"`id` must be unique, {request.id!r} is in use.")
     self._scheduler.add(request)
@@ -290,6 +316,22 @@ class Engine:
         }
       )
     return found
+
+  def _check_prompt(self, prompt: Sequence[int]) -> None:
+    tokens = np.asarray(prompt)
+    if not tokens.size and tokens.ndim == 1:
+      return  # The scheduler has a word for it.
+    if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
+      raise ValueError(
+        f"`prompt` must be a tuple of integers, got {tokens.ndim} axes of "
+        f"{tokens.dtype}."
+      )
+    outside = tokens[(tokens < 0) | (tokens >= self._vocab_size)]
+    if outside.size:
+      raise ValueError(
+        f"`prompt` must hold tokens in [0, {self._vocab_size}), got "
+        f"{outside[0]}."
+      )
 
   def _names_ending(self) -> Sequence[str]:
     """Ids that events or turns to come may mention, live or not."""

@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
+from jaxheads.serve.request import QueueFull
 from tests.serve.engines import (
   ADA,
   SMALL,
@@ -299,3 +300,26 @@ def test_random_schedules(model, alone, seed):
     else:
       assert got == alone[kind], name
   assert cancelled
+
+
+def test_refused_requests_go_unnoticed(model, alone):
+  engine = watched(model, max_waiting=1)
+  first, second, third = several()[:3]
+  engine.submit(first)
+  with pytest.raises(QueueFull):
+    engine.submit(second)
+  engine.step()
+  engine.submit(second)
+  for bad, error in (
+    (dataclasses.replace(third, prompt=(VOCAB,)), ValueError),
+    (dataclasses.replace(third, prompt=prompt(60)), ValueError),
+    (dataclasses.replace(third, budget=0), ValueError),
+    (dataclasses.replace(third, id=first.id), ValueError),
+    (third, QueueFull),
+  ):
+    with pytest.raises(error):
+      engine.submit(bad)
+  engine.run()
+  for one in (first, second):
+    assert tokens_of(engine.events[one.id]) == alone[one.id]
+  assert tokens_of(engine.run(third)[0]) == alone[third.id]
