@@ -65,9 +65,7 @@ class SamplingParams:
     ):
       value = getattr(self, name)
       check(name, isinstance(value, numbers.Real), "a number")
-      check(
-        name, abs(value) <= _LARGEST, f"finite and at most {_LARGEST:.0f}"
-      )
+      check(name, abs(value) <= _LARGEST, f"finite and at most {_LARGEST:.0f}")
     for name in ("max_tokens", "top_k", "seed"):
       check(name, _is_integer(getattr(self, name)), "an integer")
     check("max_tokens", self.max_tokens >= 1, "at least 1")

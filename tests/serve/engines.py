@@ -16,9 +16,7 @@ from tests.serve import masked
 
 PAGE = 16
 SMALL = EngineConfig(max_batch=2, page_size=PAGE)
-TASK_KV = make_policy(
-  "task_kv", sinks=2, recent=6, window=4, top=8, kernel=3
-)
+TASK_KV = make_policy("task_kv", sinks=2, recent=6, window=4, top=8, kernel=3)
 ADA = make_policy("ada_snapkv", window=4, kernel=3)
 
 
@@ -79,6 +77,8 @@ class Watched:
     self.order = []
     self.pages_used = []
     self._poison = poison
+    if poison:
+      self.poison()
 
   def submit(self, *requests):
     for one in requests:

@@ -44,9 +44,7 @@ TWO_KV = s2.strided(
 def check_against_masks(engine, model, requests, policy):
   answers = engine.run(*requests)
   for one, events in zip(requests, answers, strict=True):
-    check_masked(
-      model, one, events, policy=policy, budget=one.budget or 1.0
-    )
+    check_masked(model, one, events, policy=policy, budget=one.budget or 1.0)
   return answers
 
 

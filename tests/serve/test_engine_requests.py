@@ -132,9 +132,7 @@ def test_cancellation_at_any_moment(model, alone):
   engine = watched(model)
   for moment in range(18):
     first, second = several()[:2]
-    victim, other = (
-      (first, second) if moment % 2 else (second, first)
-    )
+    victim, other = (first, second) if moment % 2 else (second, first)
     engine.events.clear()
     engine.submit(victim, other)
     for _ in range(moment):
