@@ -249,7 +249,9 @@ def _continue(
   zero = jnp.zeros_like(first)
   both = []
   for old, new in zip(pages.gather(numbers), (k, v), strict=True):
-    # Padding may reach past the last page.
+    # New pages hold what others left there, which even without weight in the
+    # attention may be NaN. Padding may reach past the last page.
+    old = jnp.where((jnp.arange(room) < start)[:, None], old, 0)
     old = jnp.pad(old, ((0, 0), (0, size), (0, 0)))
     new = new.swapaxes(0, 1).astype(old.dtype)
     both.append(jax.lax.dynamic_update_slice(old, new, (zero, start, zero)))
