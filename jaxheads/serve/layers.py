@@ -26,10 +26,10 @@ class Prompt(NamedTuple):
       once.
   """
 
-  tokens: Int[Array, " T"]
-  start: Int[Array, ""]
-  count: Int[Array, ""]
-  prompt_pages: Int[Array, "R K n"] | None
+  tokens: Int[Any, " T"]
+  start: Int[Any, ""]
+  count: Int[Any, ""]
+  prompt_pages: Int[Any, "R K n"] | None
 
 
 class Kept(NamedTuple):
