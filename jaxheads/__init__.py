@@ -2,6 +2,8 @@
 
 - `jaxheads.moh`: mixture-of-head attention, as pure functions
 - `jaxheads.s2`, `jaxheads.attention`: heads that see a context each
+- `jaxheads.kvcache`: which cached tokens each head keeps
+- `jaxheads.serve`: continuous batching, over caches of uneven heads
 - `jaxheads.decoding`: the newest tokens over a cache of keys and values
 - `jaxheads.nn`: the same as Flax NNX modules
 - `jaxheads.models`: a decoder language model with one head plan per layer

@@ -5,6 +5,7 @@ Devices get the integers as data, so there is no traced twin to keep equal.
 
 import math
 from fractions import Fraction
+from numbers import Integral
 from typing import NamedTuple
 
 import numpy as np
@@ -121,8 +122,10 @@ def as_layers(parts: list[Parts]) -> dict[str, np.ndarray]:
 
 
 def at_least(least: int, **numbers: int) -> None:
-  """Raises a ValueError that names the first smaller number."""
+  """Raises a ValueError that names the first smaller number, or no integer."""
   for name, number in numbers.items():
+    if not isinstance(number, Integral):
+      raise ValueError(f"`{name}` must be an integer, got {number!r}.")
     if number < least:
       raise ValueError(f"`{name}` must be at least {least}, got {number}.")
 

@@ -53,7 +53,7 @@ class Pool:
   @property
   def nbytes(self) -> int:
     """Memory that the pool takes."""
-    return sum(x.nbytes for x in jax.tree.leaves(self))
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self))
 
   def take(self, numbers: Int[Array, " m"]) -> Float[Array, "m page H"]:
     """Some pages, as floats."""

@@ -41,9 +41,12 @@ class StaticHeads(Policy):
   recent: int = 64
 
   def __post_init__(self) -> None:
+    # Lists, as JSON gives them, would leave the policy unhashable.
+    object.__setattr__(self, "gates", tuple(map(tuple, self.gates)))
     at_least(0, sinks=self.sinks)
     at_least(1, recent=self.recent)
-    if not self.gates or len({len(layer) for layer in self.gates}) > 1:
+    sizes = {len(layer) for layer in self.gates}
+    if len(sizes) != 1 or 0 in sizes:
       raise ValueError(
         "`gates` must hold as many numbers for each layer as it has KV heads, "
         f"got {self.gates}."

@@ -101,6 +101,8 @@ class TaskKV(Policy):
   decode: Literal["append", "roll"] = "append"
 
   def __post_init__(self) -> None:
+    # Lists, as JSON gives them, would leave the policy unhashable.
+    object.__setattr__(self, "heads", tuple(map(tuple, self.heads)))
     at_least(1, window=self.window, top=self.top, kernel=self.kernel)
     at_least(0, sinks=self.sinks, m=self.m, seed=self.seed)
     if self.recent < self.window:

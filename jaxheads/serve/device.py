@@ -171,8 +171,9 @@ class Device:
       if self._chunk is not None:
         self._read_on.prepare(self._state, prompt)
       if not known:
-        heads = jax.ShapeDtypeStruct(self._shape, jnp.int32)
-        keep = jax.ShapeDtypeStruct((*self._shape, size), jnp.bool_)
+        # Arrays, because programs are told apart by where these are, too.
+        heads = jnp.zeros(self._shape, jnp.int32)
+        keep = jnp.zeros((*self._shape, size), bool)
         kept = Kept(keep, heads, heads)
         self._place_rows.prepare(self._state, kept, pages, placement)
     for slots in self._batch_sizes():
@@ -190,7 +191,8 @@ class Device:
     room, pages = size, None
     if prefill.prompt_pages is not None:
       pages = _pad(prefill.prompt_pages, size // self._page_size)
-      room = self._chunk or self._prompt_size(prefill.count)
+      # Not by what is left to read: prompts share beginnings of any length.
+      room = self._chunk or size
     tokens = prefill.request.prompt[prefill.start : end]
     prompt = _prompt(tokens, prefill.start, room, pages)
     if not prefill.last:

@@ -26,10 +26,10 @@ class Prompt(NamedTuple):
       once.
   """
 
-  tokens: Int[Array, " T"]
-  start: Int[Array, ""]
-  count: Int[Array, ""]
-  prompt_pages: Int[Array, "R K n"] | None
+  tokens: Int[Any, " T"]
+  start: Int[Any, ""]
+  count: Int[Any, ""]
+  prompt_pages: Int[Any, "R K n"] | None
 
 
 class Kept(NamedTuple):
@@ -84,6 +84,8 @@ def read_prompt(
   index = jnp.arange(prompt.tokens.shape[0])
   positions = prompt.start + index
   is_real = (index < prompt.count)[:, None, None]
+  # Not every kernel takes an offset that it does not know.
+  q_offset = 0 if prompt.prompt_pages is None else prompt.start
 
   def layer(
     block: DecoderBlock, carry: tuple[Array, Pages], inputs: tuple[Any, ...]
@@ -98,7 +100,7 @@ def read_prompt(
     )
     if prompt_pages is not None:
       k, v, pages = _continue(pages, prompt_pages, k, v, prompt.start)
-    out = attention.attend(h, k[None], v[None], q_offset=prompt.start)
+    out = attention.attend(h, k[None], v[None], q_offset=q_offset)
     kept = None
     if policy is not None:
       at = prompt.count - policy.window + jnp.arange(policy.window)
@@ -247,7 +249,9 @@ def _continue(
   zero = jnp.zeros_like(first)
   both = []
   for old, new in zip(pages.gather(numbers), (k, v), strict=True):
-    # Padding may reach past the last page.
+    # New pages hold what others left there, which even without weight in the
+    # attention may be NaN. Padding may reach past the last page.
+    old = jnp.where((jnp.arange(room) < start)[:, None], old, 0)
     old = jnp.pad(old, ((0, 0), (0, size), (0, 0)))
     new = new.swapaxes(0, 1).astype(old.dtype)
     both.append(jax.lax.dynamic_update_slice(old, new, (zero, start, zero)))

@@ -1,6 +1,6 @@
 """What the device runs in a turn, each compiled once for its sizes."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -71,10 +71,10 @@ class Placement(NamedTuple):
     length: Tokens of the prompt.
   """
 
-  slot: Int[Array, ""]
-  pages: Int[Array, "R K m"]
-  rings: Int[Array, "R K"]
-  length: Int[Array, ""]
+  slot: Int[Any, ""]
+  pages: Int[Any, "R K m"]
+  rings: Int[Any, "R K"]
+  length: Int[Any, ""]
 
 
 class Step(NamedTuple):
@@ -85,10 +85,10 @@ class Step(NamedTuple):
     new_pages, drop, forced: See `turn.Decode`.
   """
 
-  active: Int[Array, " b"]
-  new_pages: Int[Array, "R b K"]
-  drop: Int[Array, "R b K"]
-  forced: Int[Array, " b"]
+  active: Int[Any, " b"]
+  new_pages: Int[Any, "R b K"]
+  drop: Int[Any, "R b K"]
+  forced: Int[Any, " b"]
 
 
 class Start(NamedTuple):
@@ -100,9 +100,9 @@ class Start(NamedTuple):
     in_prompt: Which tokens its prompt holds.
   """
 
-  slot: Int[Array, ""]
+  slot: Int[Any, ""]
   sampling: Sampling
-  in_prompt: Bool[Array, " V"]
+  in_prompt: Bool[Any, " V"]
 
 
 def read_on(model: DecoderLM, state: State, prompt: Prompt) -> State:

@@ -1,10 +1,13 @@
 """What goes into the engine and what comes out of it."""
 
 import dataclasses
-import math
-from typing import Literal
+import numbers
+from collections.abc import Collection
+from typing import Any, Literal
 
 MOST_LOGPROBS = 20
+# Far beyond any use, and far from what float32 logits cannot bear.
+_LARGEST = 1e6
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
@@ -48,7 +51,9 @@ class SamplingParams:
   def __post_init__(self) -> None:
     def check(name: str, holds: bool, what: str) -> None:
       if not holds:
-        raise ValueError(f"`{name}` must be {what}, got {getattr(self, name)}.")
+        raise ValueError(
+          f"`{name}` must be {what}, got {getattr(self, name)!r}."
+        )
 
     for name in (
       "temperature",
@@ -58,19 +63,38 @@ class SamplingParams:
       "presence_penalty",
       "frequency_penalty",
     ):
-      check(name, math.isfinite(getattr(self, name)), "finite")
+      value = getattr(self, name)
+      check(name, isinstance(value, numbers.Real), "a number")
+      check(name, abs(value) <= _LARGEST, f"finite and at most {_LARGEST:.0f}")
+    for name in ("max_tokens", "top_k", "seed"):
+      check(name, _is_integer(getattr(self, name)), "an integer")
     check("max_tokens", self.max_tokens >= 1, "at least 1")
     check("temperature", self.temperature >= 0, "0 or more")
     check("top_k", self.top_k >= 0, "0 or more")
     check("top_p", 0 < self.top_p <= 1, "in (0, 1]")
     check("min_p", 0 <= self.min_p <= 1, "in [0, 1]")
-    check("repetition_penalty", self.repetition_penalty > 0, "positive")
+    check(
+      "repetition_penalty",
+      self.repetition_penalty >= 1 / _LARGEST,
+      f"positive and at least {1 / _LARGEST:f}",
+    )
     check("seed", 0 <= self.seed < 2**63, "in [0, 2**63)")
     check(
-      "logprobs",
-      self.logprobs is None or 0 <= self.logprobs <= MOST_LOGPROBS,
-      f"in [0, {MOST_LOGPROBS}]",
+      "stop_tokens",
+      isinstance(self.stop_tokens, Collection)
+      and all(map(_is_integer, self.stop_tokens)),
+      "a tuple of integers",
     )
+    check(
+      "logprobs",
+      self.logprobs is None
+      or (_is_integer(self.logprobs) and 0 <= self.logprobs <= MOST_LOGPROBS),
+      f"None or an integer in [0, {MOST_LOGPROBS}]",
+    )
+
+
+def _is_integer(value: Any) -> bool:
+  return isinstance(value, numbers.Integral)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

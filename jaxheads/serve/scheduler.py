@@ -1,6 +1,7 @@
 """Who runs next, and on which pages: pure Python, the same every time."""
 
 import collections
+import numbers
 
 import numpy as np
 from jaxtyping import Bool, Int
@@ -94,6 +95,7 @@ class Scheduler:
         "`prefix_sharing` needs prompt pages; set `chunk`, the tokens of a "
         "prompt to read in a turn."
       )
+    policy.plan(1, budget, shape)  # It may be for another model.
     self.shape = shape
     self.page_size = page_size
     self.max_length = max_length
@@ -556,5 +558,5 @@ class Scheduler:
 
 
 def _check_budget(budget: float) -> None:
-  if not 0 < budget <= 1:
-    raise ValueError(f"`budget` must be in (0, 1], got {budget}.")
+  if not isinstance(budget, numbers.Real) or not 0 < budget <= 1:
+    raise ValueError(f"`budget` must be in (0, 1], got {budget!r}.")

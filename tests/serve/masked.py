@@ -40,6 +40,23 @@ def answer(model, prompt, count, *, policy, budget=1.0, forced=None):
   return tokens[len(prompt) :], np.asarray(logits), kept
 
 
+def logits(model, prompt, answer, *, policy, budget=1.0):
+  """The logits of each token of an answer, and what was kept [R, K, N].
+
+  By one forward pass, as the mask does not depend on the answer's tokens.
+  """
+  sizes = model.config
+  shape = CacheShape(sizes.num_layers, sizes.num_kv_heads)
+  length, count = len(prompt), len(answer)
+  plan = policy.plan(length, budget, shape)
+  padded = np.zeros(SIZE, np.int32)
+  padded[: length + count - 1] = (*prompt, *answer[:-1])
+  kept = _keep(model, jnp.asarray(padded), length, policy, plan)
+  mask = _mask(kept, plan.rings, length, count)
+  out = _forward(model, jnp.asarray(padded), jnp.asarray(mask))
+  return np.asarray(out[length - 1 : length - 1 + count]), kept
+
+
 def _mask(kept, rings, length, count):
   """[R, K, SIZE, SIZE]."""
   layers, heads, _ = kept.shape

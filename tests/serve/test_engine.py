@@ -5,10 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from jaxheads import s2
-from jaxheads.kvcache.by_context import ByContext
 from jaxheads.kvcache.names import make_policy
-from jaxheads.moh import MoHConfig
 from jaxheads.serve.engine import Engine, EngineConfig
 from jaxheads.serve.request import Request, SamplingParams
 from tests.models.builders import VOCAB, small_config, small_model
