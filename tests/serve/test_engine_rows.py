@@ -9,18 +9,15 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxheads.kvcache.names import make_policy
 from jaxheads.kvcache.policy import Plan, Policy
 from jaxheads.kvcache.select import rank
-from jaxheads.kvcache.task_kv import TaskKV
 from jaxheads.models.generate import generate
-from tests.models.builders import forward, small_config
+from tests.models.builders import forward
 from tests.serve import masked
 from tests.serve.engines import (
   PAGE,
   SMALL,
   TASK_KV,
-  VOCAB,
   Watched,
   check_masked,
   log_softmax,
@@ -205,7 +202,7 @@ def permuted(model, order):
     name = jax.tree_util.keystr(path)
     axis = {"query": -2, "key": -2, "value": -2, "out": -3}
     for part, at in axis.items():
-      if f"'attention'" in name and f"'{part}'" in name:
+      if "'attention'" in name and f"'{part}'" in name:
         return jnp.take(leaf, jnp.asarray(order), axis=leaf.ndim + at)
     return leaf
 
