@@ -92,8 +92,8 @@ def test_prompts(model):
   ):
     with pytest.raises(ValueError, match="`prompt`"):
       engine.submit(Request(id="a", prompt=tokens))
+  params = SamplingParams(max_tokens=10**9)
   with pytest.raises(ValueError, match="`max_tokens`"):
-    params = SamplingParams(max_tokens=10**9)
     engine.submit(Request(id="a", prompt=(1,), params=params))
   assert not engine.has_work()
   assert engine.step() == []
