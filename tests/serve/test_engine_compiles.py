@@ -42,6 +42,7 @@ def random_requests(count, seed=0):
   return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ("policy", "fields", "programs"),
   [

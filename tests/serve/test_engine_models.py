@@ -63,6 +63,7 @@ def requests_of(lengths, count, budget=None):
   return [request(str(n), prompt(n), count, budget=budget) for n in lengths]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "plans",
   [
@@ -99,6 +100,7 @@ def test_heads_that_are_not_chosen_are_not_read(monkeypatch):
   assert all((lengths > 0).sum() == 2 for lengths in seen)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "contexts",
   [

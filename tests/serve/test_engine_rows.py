@@ -37,6 +37,7 @@ def model():
   return model_of(None, None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "policy",
   [ALL_HEADS, pytest.param(None, marks=pytest.mark.exhaustive)],
