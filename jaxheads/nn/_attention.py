@@ -420,17 +420,27 @@ class HeadAttention(nnx.Module):
     v: Float[Array, "B S K H"],
     *,
     q_offset: Int[Array, ""] | int = 0,
+    num_hidden: Int[Array, ""] | None = None,
   ) -> Float[Array, "B T Dout"]:
     """Causal attention to finished keys and values, those of x among them.
 
     Args:
       x: Input of the layer.
-      k, v: As `project_kv` gives them, by position.
-      q_offset: Position of the first token of x.
+      k, v: As `project_kv` gives them, in the order of positions.
+      q_offset: Where among them those of the first token of x are.
+      num_hidden: How many of the first keys are none; the next one has
+        position 0.
     """
-    positions = jnp.broadcast_to(
-      jnp.arange(x.shape[1], dtype=jnp.int32) + q_offset, x.shape[:2]
-    )
+    positions = jnp.arange(x.shape[1], dtype=jnp.int32) + q_offset
+    q_segments = kv_segments = None
+    if num_hidden is not None:
+      positions -= num_hidden
+      q_segments = jnp.zeros(x.shape[:2], jnp.int32)
+      is_hidden = jnp.arange(k.shape[1]) < num_hidden
+      kv_segments = jnp.broadcast_to(
+        jnp.where(is_hidden, -1, 0).astype(jnp.int32), k.shape[:2]
+      )
+    positions = jnp.broadcast_to(positions, x.shape[:2])
     out = self._attend(
       x,
       k,
@@ -441,8 +451,8 @@ class HeadAttention(nnx.Module):
       q_offset=q_offset,
       q_positions=positions,
       token_mask=None,
-      q_segment_ids=None,
-      kv_segment_ids=None,
+      q_segment_ids=q_segments,
+      kv_segment_ids=kv_segments,
       deterministic=True,
       rngs=None,
       sow_weights=False,

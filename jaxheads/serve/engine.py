@@ -198,6 +198,11 @@ class Engine:
       rows = shape.num_layers * shape.num_kv_heads * config.max_batch
       num_pages = 1 + rows * -(-max_length // page_size)
     policy = Full() if policy is None else policy
+    if not hasattr(policy, "plan"):
+      raise ValueError(
+        "`policy` must be a policy, for instance "
+        f"`jaxheads.kvcache.make_policy('task_kv')`, got {policy!r}."
+      )
     if any(sizes.contexts):
       policy = ByContext(policy=policy, contexts=sizes.contexts)
     self._scheduler = Scheduler(
@@ -287,15 +292,21 @@ class Engine:
     """Serves requests to their end; what `submit` and `step` do, in a loop.
 
     Raises:
-      ValueError, QueueFull: As `submit`.
+      ValueError: As `submit`.
     """
     answers: dict[str, list[Event]] = {}
+
+    def step() -> None:
+      for event in self.step():
+        answers.setdefault(event.request_id, []).append(event)
+
     for request in requests:
+      while self._scheduler.is_full:
+        step()
       self.submit(request)
       answers[request.id] = []
     while self.has_work():
-      for event in self.step():
-        answers.setdefault(event.request_id, []).append(event)
+      step()
     return answers
 
   def warm_up(self) -> int:

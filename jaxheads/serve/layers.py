@@ -11,6 +11,7 @@ from jaxheads.kvcache.pages import Pages
 from jaxheads.kvcache.policy import LayerWindow, Policy
 from jaxheads.kvcache.rows import RowStep, num_pages
 from jaxheads.models.decoder import DecoderBlock, DecoderLM
+from jaxheads.nn import HeadAttention
 from jaxheads.serve.state import Rows
 from pallas_kernels.paged_attention import PageTable, paged_attention
 
@@ -84,8 +85,6 @@ def read_prompt(
   index = jnp.arange(prompt.tokens.shape[0])
   positions = prompt.start + index
   is_real = (index < prompt.count)[:, None, None]
-  # Not every kernel takes an offset that it does not know.
-  q_offset = 0 if prompt.prompt_pages is None else prompt.start
 
   def layer(
     block: DecoderBlock, carry: tuple[Array, Pages], inputs: tuple[Any, ...]
@@ -98,9 +97,11 @@ def read_prompt(
       jnp.where(is_real, y[0], 0)
       for y in attention.project_kv(h, positions[None])
     )
-    if prompt_pages is not None:
+    if prompt_pages is None:
+      out = attention.attend(h, k[None], v[None])
+    else:
       k, v, pages = _continue(pages, prompt_pages, k, v, prompt.start)
-    out = attention.attend(h, k[None], v[None], q_offset=q_offset)
+      out = _attend_so_far(attention, h, k, v, prompt.start)
     kept = None
     if policy is not None:
       at = prompt.count - policy.window + jnp.arange(policy.window)
@@ -264,6 +265,29 @@ def _continue(
   )
   k, v = (x[:, :room].swapaxes(0, 1) for x in both)
   return k, v, pages
+
+
+def _attend_so_far(
+  attention: HeadAttention,
+  h: Float[Array, "1 T D"],
+  k: Float[Array, "S K H"],
+  v: Float[Array, "S K H"],
+  start: Int[Array, ""],
+) -> Float[Array, "1 T D"]:
+  """Attention of a chunk that begins at `start` to all before it and itself."""
+  if attention.pattern is not None:  # Counts its blocks from the first key.
+    return attention.attend(h, k[None], v[None], q_offset=start)
+  # The chunk's own keys to a place that kernels know when they are compiled.
+  room, size = k.shape[0], h.shape[1]
+  k, v = (
+    jax.lax.dynamic_slice_in_dim(
+      jnp.pad(x, ((room, size), (0, 0), (0, 0))), start, room + size
+    )
+    for x in (k, v)
+  )
+  return attention.attend(
+    h, k[None], v[None], q_offset=room, num_hidden=room - start
+  )
 
 
 def _write_rows(

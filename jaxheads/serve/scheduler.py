@@ -147,7 +147,7 @@ class Scheduler:
         f"{self.allocator.num_pages}. Lower `budget` or `max_tokens`, or "
         "shorten the prompt."
       )
-    if len(self._waiting) >= self._max_waiting:
+    if self.is_full:
       raise QueueFull(f"{len(self._waiting)} requests are waiting.")
     blocks: tuple[bytes, ...] = ()
     if self._prefix_sharing:
@@ -155,6 +155,11 @@ class Scheduler:
     sequence = Sequence(request=request, plan=plan, blocks=blocks)
     self._sequences[request.id] = sequence
     self._waiting.append(sequence)
+
+  @property
+  def is_full(self) -> bool:
+    """Whether `add` takes no more."""
+    return len(self._waiting) >= self._max_waiting
 
   def cancel(self, request_id: str) -> None:
     """Ends a request now; nothing happens if it has ended."""

@@ -99,6 +99,15 @@ def test_a_decoding_step(chip, model):
 
 
 @pytest.mark.parametrize("chip", CHIPS)
+def test_a_chunk_of_a_prompt(chip, model):
+  state = state_for(chip)
+  pages = ints(*SHAPE, LENGTH // 128)
+  prompt = Prompt(ints(256), ints(), ints(), pages)
+  report = compile_program(chip, model, programs.read_on, state, prompt)
+  assert any("head_attention" in kernel for kernel in report.kernels)
+
+
+@pytest.mark.parametrize("chip", CHIPS)
 def test_a_whole_prompt(chip, model):
   policy = make_policy("task_kv")
   plan = policy.plan(LENGTH, 0.4, SHAPE)

@@ -11,6 +11,7 @@ from jaxheads.kvcache.names import make_policy
 from jaxheads.kvcache.pages import QUANTISED, Pages
 from jaxheads.kvcache.policy import CacheShape
 from jaxheads.kvcache.rows import num_pages
+from pallas_kernels.paged_attention import PageTable, paged_attention
 
 H, PAGE, NUM = 4, 8, 6
 # Half a step of 127 of the largest number; fp8 has 3 bits behind the first.
@@ -127,6 +128,42 @@ def test_updates_are_in_place(dtype):
     jax.jit(layers, donate_argnums=0).lower(pages, ints, ints, new).compile()
   )
   assert compiled.memory_analysis().temp_size_in_bytes < pages.nbytes / 20
+
+
+def test_several_tokens_at_once_equal_one_by_one():
+  """A question after a prompt whose heads keep unequal parts of it."""
+  rng = np.random.default_rng(2)
+  kept, new = (11, 3), 4
+  pages = Pages.empty(NUM, PAGE, H, "float32")
+  numbers = jnp.asarray([[4, 1], [2, 0]], jnp.int32)
+  pages = write(pages, numbers, draw(rng, 2, 16, H), draw(rng, 2, 16, H))
+  q, k, v = (draw(rng, new, 2, H) for _ in "qkv")
+  single = []
+  for at in range(new):
+    write_at = np.asarray(kept) + at
+    page = jnp.asarray(np.asarray(numbers)[np.arange(2), write_at // PAGE])
+    offset = jnp.asarray(write_at % PAGE, jnp.int32)
+    pages = append(pages, page, offset, jnp.zeros(2, jnp.int32), k[at], v[at])
+    table = PageTable(
+      numbers.reshape(-1),
+      jnp.asarray([0, 2], jnp.int32),
+      jnp.asarray(write_at + 1, jnp.int32),
+    )
+    out = paged_attention(
+      jnp.asarray(q[at])[:, None], pages.k.stored, pages.v.stored, table
+    )
+    single.append(np.asarray(out)[:, 0])
+  seen = np.asarray(kept)[:, None] + 1 + np.arange(new)
+  together = paged_attention(
+    jnp.asarray(q.swapaxes(0, 1)),
+    pages.k.stored,
+    pages.v.stored,
+    table,
+    seen=jnp.asarray(seen, jnp.int32),
+  )
+  np.testing.assert_allclose(
+    np.asarray(together).swapaxes(0, 1), np.asarray(single), atol=1e-6
+  )
 
 
 def test_pages_of_an_8k_prompt_at_40_percent():

@@ -55,7 +55,17 @@ POLICIES = {
 
 @pytest.mark.parametrize(
   ("name", "chunk"),
-  [*((name, None) for name in POLICIES), ("task_kv", 16), ("ada_snapkv", 16)],
+  [
+    ("full", None),
+    ("task_kv", 16),
+    *(
+      pytest.param(name, chunk, marks=pytest.mark.exhaustive)
+      for name, chunk in [
+        *((name, None) for name in POLICIES if name != "full"),
+        ("ada_snapkv", 16),
+      ]
+    ),
+  ],
 )
 def test_answers_equal_a_mask_over_a_dense_cache(name, chunk):
   settings, budget = POLICIES[name]
