@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from jaxheads.data import (
-  ANSWER_TOKENS,
   EVALUATION_SEED,
   NEEDLE_VOCAB_SIZE,
   CopyTask,
@@ -55,7 +54,7 @@ def test_questions_are_answered_by_the_text(task, depth, extra):
     example = task.draw(length, seed=7, index=index, depth=depth)
     tokens = example.tokens.tolist()
     assert example.tokens.dtype == np.int32
-    assert len(tokens) == length + ANSWER_TOKENS
+    assert len(tokens) == length + 5
     assert tokens[0] == BOS
     assert tokens[-1] == EOS
     assert max(tokens) < NEEDLE_VOCAB_SIZE
@@ -109,6 +108,10 @@ def test_the_cycle_repeats():
   [
     (lambda: NeedleTask(needles=0), "`needles` must be at least 1, got 0"),
     (lambda: NeedleTask(questions=2), "`questions` must be in .1, 1."),
+    (
+      lambda: NeedleTask(needles=3, questions=2, asked=2),
+      "`asked` must be at most `needles` / `questions`, got 2",
+    ),
     (lambda: NeedleTask(noise="white"), "`noise` must be"),
     (
       lambda: NeedleTask().draw(12, seed=0, index=0),
@@ -150,7 +153,7 @@ def test_a_stretch_is_to_be_copied(length, depth):
   for index in range(10):
     example = CopyTask().draw(length, seed=3, index=index, depth=depth)
     tokens = example.tokens.tolist()
-    assert len(tokens) == length + ANSWER_TOKENS
+    assert len(tokens) == length + 5
     assert (tokens[0], tokens[-1]) == (BOS, EOS)
     question = tokens.index(QRY)
     assert question == example.questions_start
@@ -190,7 +193,7 @@ def test_every_third_batch_goes_back_to_a_stage_before():
   stages = [Stage(TASKS["one"], length, 6) for length in (20, 30, 40)]
   running = NeedleBatches(stages, tokens_per_step=40, seed=0)
   lengths = [
-    batch["tokens"].shape[1] + 1 - ANSWER_TOKENS
+    batch["tokens"].shape[1] + 1 - 5
     for batch in itertools.islice(running, 24)
   ]
   assert lengths == [20] * 6 + [30, 30, 20] * 2 + [40, 40, 20, 40, 40, 30] * 2
