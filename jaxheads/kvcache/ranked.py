@@ -36,8 +36,8 @@ class Ranked(Policy):
 
   Attributes:
     scorer: What a token is worth.
-    sinks, recent: Tokens at both ends that every head keeps; fewer if the
-      budget is too small.
+    sinks, recent: Tokens at both ends that every head keeps, fewer if the
+      budget is too small; recent `None` is the scorer's window.
     slope: Middle tokens of the average layer over those of the last; layers
       before it follow a line, as far up as the prompt is long.
     floor: Share of an even budget that each head gets for its own best tokens;
@@ -55,12 +55,12 @@ class Ranked(Policy):
 
   scorer: Scorer = dataclasses.field(default_factory=WindowAttention)
   sinks: int = 0
-  recent: int = 32
+  recent: int | None = None
   slope: float = 1.0
   floor: float = 1.0
 
   def __post_init__(self) -> None:
-    at_least(0, sinks=self.sinks, recent=self.recent)
+    at_least(0, sinks=self.sinks, recent=self.recent or 0)
     if not 1 <= self.slope < math.inf:
       raise ValueError(f"`slope` must be at least 1, got {self.slope}.")
     if not 0 <= self.floor <= 1:
@@ -81,7 +81,8 @@ class Ranked(Policy):
     if tokens == length:
       parts = [Parts(length, 0, 0)] * layers
     else:
-      even = split(tokens, self.sinks, self.recent, min(1, self.recent))
+      recent = self.scorer.window if self.recent is None else self.recent
+      even = split(tokens, self.sinks, recent, min(1, recent))
       most = length - even.sinks - even.recent
       parts = [
         even._replace(middle=count)

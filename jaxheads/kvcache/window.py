@@ -22,6 +22,17 @@ def prompt_tokens(window: LayerWindow) -> Bool[Array, " S"]:
   return jnp.arange(window.k.shape[0]) < window.length
 
 
+def softmax_over(
+  seen: Bool[Array, "*#batch S"], logits: Float[Array, "*batch S"]
+) -> Float[Array, "*batch S"]:
+  """Softmax over what is seen, 0 elsewhere; all 0 if nothing is."""
+  logits = jnp.where(seen, logits, _HIDDEN)
+  peak = logits.max(axis=-1, keepdims=True)
+  weights = jnp.where(seen, jnp.exp(logits - peak), 0.0)
+  total = weights.sum(axis=-1, keepdims=True)
+  return weights / jnp.where(total == 0, 1.0, total)
+
+
 def window_attention(window: LayerWindow) -> Float[Array, "N S"]:
   """Attention that each query head pays each token, the mean of the last rows.
 
@@ -42,13 +53,8 @@ def window_attention(window: LayerWindow) -> Float[Array, "N S"]:
     preferred_element_type=jnp.float32,
   )
   position = window.length - rows + jnp.arange(rows)
-  seen = jnp.arange(tokens) <= position[:, None]
-  seen = seen[:, None, None]
-  logits = jnp.where(seen, logits, _HIDDEN)
-  peak = logits.max(axis=-1, keepdims=True)
-  weights = jnp.where(seen, jnp.exp(logits - peak), 0.0)
-  total = weights.sum(axis=-1, keepdims=True)
-  weights = weights / jnp.where(total == 0, 1.0, total)
+  seen = (jnp.arange(tokens) <= position[:, None])[:, None, None]
+  weights = softmax_over(seen, logits)
   counted = jnp.clip(window.length, 1, rows).astype(jnp.float32)
   return (weights.sum(axis=0) / counted).reshape(heads, tokens)
 
