@@ -2,19 +2,11 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import numpy as np
 
-from jaxheads.kvcache import (
-  CacheShape,
-  Full,
-  Policy,
-  Ranked,
-  Streaming,
-  TaskKV,
-  WindowAttention,
-)
-from jaxheads.kvcache.scorers import Chance, KeyNorm
+from jaxheads.kvcache import CacheShape, Policy, make_policy
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,57 +28,72 @@ class Settings:
   m: int = 1
   """Full heads in the last layer."""
 
-  def task_kv(self, **changes: object) -> TaskKV:
+  def task_kv(self, **changes: Any) -> Policy:
     """Task-KV as published, and what to change in it."""
-    settings: dict[str, object] = dataclasses.asdict(self) | changes
-    return TaskKV(**settings)  # type: ignore[arg-type]
+    return make_policy("task_kv", **(dataclasses.asdict(self) | changes))
 
-  def ranked(self, **changes: object) -> Ranked:
+  def snapkv(self, **changes: Any) -> Policy:
     """SnapKV, and what to change in it."""
-    scorer = WindowAttention(window=self.window, kernel=self.kernel)
-    settings: dict[str, object] = {
-      "scorer": scorer,
+    settings = {
+      "window": self.window,
+      "kernel": self.kernel,
       "recent": self.window,
-    } | changes
-    return Ranked(**settings)  # type: ignore[arg-type]
+    }
+    return make_policy("snapkv", **(settings | changes))
 
 
 def methods(
-  settings: Settings, *, length: int, heads: tuple[tuple[int, ...], ...]
+  settings: Settings,
+  *,
+  length: int,
+  theta: float,
+  gates: tuple[tuple[float, ...], ...],
 ) -> dict[str, Policy]:
   """Every policy by name.
 
   Args:
     settings: Shared by all.
     length: Tokens of the prompts.
-    heads: Of each layer, the most often farthest heads first: those that a
-      static list would name.
+    theta: Of the model's rotary embedding.
+    gates: How much each head of each layer looks past sinks and recent tokens.
   """
-  task_kv, ranked = settings.task_kv, settings.ranked
+  task_kv, snapkv = settings.task_kv, settings.snapkv
+  sinks, window = settings.sinks, settings.window
   # Long enough for recent tokens to take the place of all middle ones, and
   # shorter than a prompt whose question is still to come.
   recent = max(settings.recent, 3 * length // 4)
+  expected: dict[str, Any] = dict(
+    theta=theta, sinks=sinks, future=max(1, length // 8)
+  )
+  by_gate = tuple(
+    tuple(int(head) for head in np.argsort(-np.array(layer), kind="stable"))
+    for layer in gates
+  )
   return {
-    "full": Full(),
-    "streaming": Streaming(sinks=settings.sinks),
-    "snapkv": ranked(),
-    "pyramidkv": ranked(slope=20.0),
-    "adakv": ranked(floor=0.2),
-    "key norm": ranked(scorer=KeyNorm()),
-    "chance": ranked(scorer=Chance()),
-    "task-kv": task_kv(),
-    "task-kv wo": task_kv(space="wo"),
-    "task-kv extra": task_kv(center="extra"),
-    "task-kv off": task_kv(center="off"),
-    "task-kv vnorm": task_kv(ranking="vnorm"),
-    "task-kv nearest": task_kv(ranking="nearest"),
+    "full": make_policy("full"),
+    "streaming": make_policy("streaming", sinks=sinks),
+    "snapkv": snapkv(),
+    "pyramid": snapkv(slope=20.0),
+    "ada_snapkv": snapkv(floor=0.2),
+    "expected": make_policy("expected", **expected),
+    "ada_expected": make_policy("ada_expected", **expected),
+    "static_heads": make_policy(
+      "static_heads", gates=gates, sinks=sinks, recent=window
+    ),
+    "random": make_policy("random", recent=window),
+    "task_kv": task_kv(),
+    "task_kv wo": task_kv(space="wo"),
+    "task_kv extra": task_kv(center="extra"),
+    "task_kv off": task_kv(center="off"),
+    "task_kv vnorm": task_kv(ranking="vnorm"),
+    "task_kv nearest": task_kv(ranking="nearest"),
     **{
-      f"task-kv random {seed}": task_kv(ranking="random", seed=seed)
+      f"task_kv random {seed}": task_kv(ranking="random", seed=seed)
       for seed in range(3)
     },
-    "task-kv static": task_kv(ranking="static", heads=heads),
-    "task-kv no full": task_kv(beta=0.0, m=0, center="off"),
-    "task-kv no middle": task_kv(recent=recent),
+    "task_kv static": task_kv(ranking="static", heads=by_gate),
+    "task_kv no full": task_kv(beta=0.0, m=0, center="off"),
+    "task_kv no middle": task_kv(recent=recent),
   }
 
 
@@ -102,9 +109,7 @@ def page_budget(
 
   Rounded to thousandths; the smallest one if even that takes more pages.
   """
-  most = math.floor(
-    budget * math.prod(shape) * pages(np.array(length), page_size) + 1e-9
-  )
+  most = math.floor(budget * math.prod(shape) * pages(length, page_size) + 1e-9)
 
   def fits(thousandths: int) -> bool:
     lengths = policy.plan(length, thousandths / 1000, shape).lengths
@@ -118,6 +123,6 @@ def page_budget(
   return low / 1000
 
 
-def pages(lengths: np.ndarray, page_size: int) -> np.ndarray:
+def pages(lengths: Any, page_size: int) -> Any:
   """Pages of rows of these lengths."""
   return -(-lengths // page_size)

@@ -13,11 +13,12 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxheads.kvcache import CacheShape, LayerWindow, Policy
+from jaxheads.kvcache import CacheShape, LayerWindow, Policy, reread_scores
+from jaxheads.kvcache.window import over_group, window_attention
 from jaxheads.models import DecoderLM
 from jaxheads.rope import apply_rope
 
-# Finite, so that a head that sees nothing gives zeros and not NaN.
+# Finite; every token sees at least itself.
 _HIDDEN = -1e30
 
 
@@ -75,20 +76,17 @@ class Reader:
     )
 
   def rereading(
-    self, cached: Cached, length: int, tokens: Int[np.ndarray, "B T"]
+    self, tokens: Int[np.ndarray, "B S"], context: int
   ) -> Float[Array, "R B K S"]:
-    """Most attention that each token gets while `tokens` follow the prompt.
+    """What tokens from `context` on look at, see `kvcache.reread_scores`."""
+    cached, _ = self.read(tokens)
+    return _reread(cached, jnp.int32(context))
 
-    Source:
-      KVzip, https://arxiv.org/abs/2505.23416.
-    """
-    return _reread(
-      self._graphdef,
-      self._state,
-      cached,
-      jnp.asarray(tokens),
-      jnp.int32(length),
-    )
+  def window_attention(
+    self, cached: Cached, window: int
+  ) -> Float[Array, "R B K S"]:
+    """Attention that the last queries pay each token, the mean of a group."""
+    return _window_attention(cached, window)
 
   def keep(
     self, policy: Policy, cached: Cached, *, length: int, budget: float
@@ -115,7 +113,7 @@ def _read(
 
   def attend(q: Array, k: Array, v: Array, layer: None) -> tuple[Array, Cached]:
     del layer
-    return _attention(q, [(k, v, causal[None, None])])[0], Cached(q, k, v)
+    return _attention(q, [(k, v, causal[None, None])]), Cached(q, k, v)
 
   x, cached = _layers(model, tokens, jnp.int32(0), attend, None)
   return cached, model._logits(model.norm(x[:, -1:]))[:, 0]
@@ -136,28 +134,31 @@ def _answer(
   def attend(q: Array, k: Array, v: Array, layer: Any) -> tuple[Array, None]:
     old, kept = layer
     parts = [(old.k, old.v, kept[:, :, None]), (k, v, causal[None, None])]
-    return _attention(q, parts)[0], None
+    return _attention(q, parts), None
 
   x, _ = _layers(model, tokens, start, attend, (cached, keep))
   return model._logits(model.norm(x))
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _reread(
-  graphdef: Any, state: Any, cached: Cached, tokens: Array, length: Array
-) -> Float[Array, "R B K S"]:
-  model = nnx.merge(graphdef, state)
-  causal = jnp.tril(jnp.ones((tokens.shape[1],) * 2, bool))
-  size = cached.k.shape[2]
-  prompt = (jnp.arange(size) < length)[None, None, None]
+@jax.jit
+def _reread(cached: Cached, context: Array) -> Float[Array, "R B K S"]:
+  length = jnp.int32(cached.q.shape[2])
+  scores = functools.partial(reread_scores, context=context, length=length)
+  return jax.vmap(jax.vmap(scores))(cached.q, cached.k)
 
-  def attend(q: Array, k: Array, v: Array, old: Cached) -> tuple[Array, Array]:
-    parts = [(old.k, old.v, prompt), (k, v, causal[None, None])]
-    out, weights = _attention(q, parts)
-    # [B, K, G, T, S] over the heads of a group and the tokens read again.
-    return out, weights[..., :size].max(axis=(2, 3))
 
-  return _layers(model, tokens, length, attend, cached)[1]
+@functools.partial(jax.jit, static_argnums=1)
+def _window_attention(cached: Cached, rows: int) -> Float[Array, "R B K S"]:
+  kv_heads = cached.k.shape[3]
+  length = jnp.int32(cached.k.shape[2])
+  nothing = jnp.zeros((0, 0, 0))
+
+  def one(cache: Cached) -> Array:
+    q = cache.q[-rows:]
+    window = LayerWindow(q, cache.k, cache.v, length, nothing, jnp.int32(0))
+    return over_group(window_attention(window), kv_heads, "mean")
+
+  return jax.vmap(jax.vmap(one))(cached)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -207,11 +208,8 @@ def _layers(
 
 def _attention(
   q: Float[Array, "B T N H"], parts: list[tuple[Array, Array, Array]]
-) -> tuple[Float[Array, "B T N H"], Float[Array, "B K G T keys"]]:
-  """Attention over several (k, v, mask), and its weights.
-
-  A mask is [B or 1, K or 1, T or 1, S].
-  """
+) -> Float[Array, "B T N H"]:
+  """Attention over several (k, v, mask [B or 1, K or 1, T or 1, S])."""
   batch, rows, heads, size = q.shape
   kv_heads = parts[0][0].shape[2]
   grouped = q.reshape(batch, rows, kv_heads, heads // kv_heads, size)
@@ -228,5 +226,4 @@ def _attention(
   )
   weights = jax.nn.softmax(logits, axis=-1)
   v = jnp.concatenate([v for _, v, _ in parts], axis=1)
-  out = jnp.einsum("bkgts,bskh->btkgh", weights, v)
-  return out.reshape(q.shape), weights
+  return jnp.einsum("bkgts,bskh->btkgh", weights, v).reshape(q.shape)

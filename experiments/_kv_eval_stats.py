@@ -37,7 +37,9 @@ def proportion(successes: int, samples: int) -> Interval:
   reach = _Z / (1 + z2 / samples)
   reach *= math.sqrt(p * (1 - p) / samples + z2 / (4 * samples**2))
   # Rounding must not leave the share itself outside.
-  return Interval(p, min(p, max(0.0, middle - reach)), max(p, min(1.0, middle + reach)))
+  return Interval(
+    p, min(p, max(0.0, middle - reach)), max(p, min(1.0, middle + reach))
+  )
 
 
 def paired_difference(
@@ -69,7 +71,8 @@ def paired_difference(
 
 
 def overlap(
-  first: Bool[np.ndarray, "prompts R K"], second: Bool[np.ndarray, "prompts R K"]
+  first: Bool[np.ndarray, "prompts R K"],
+  second: Bool[np.ndarray, "prompts R K"],
 ) -> Float[np.ndarray, "prompts prompts"]:
   """Jaccard index of head sets, for every pair of prompts.
 
@@ -77,7 +80,9 @@ def overlap(
   """
   both = np.einsum("iRK,jRK->ijR", first.astype(int), second.astype(int))
   either = first.sum(-1)[:, None] + second.sum(-1)[None] - both
-  index = np.divide(both, either, out=np.full(both.shape, np.nan), where=either > 0)
+  index = np.divide(
+    both, either, out=np.full(both.shape, np.nan), where=either > 0
+  )
   with np.errstate(invalid="ignore"):
     return np.nanmean(index, axis=-1)
 

@@ -123,9 +123,7 @@ class Retrieval:
         )
         for row in range(rows)
       ]
-      batch = needle_batch(
-        examples, answer_tokens=task.answer_tokens(length)
-      )
+      batch = needle_batch(examples, answer_tokens=task.answer_tokens(length))
       # Of earlier questions the answers are given.
       batch["mask"][:, : length - 1] = False
       batch = devices.put_batch(self._mesh, batch)

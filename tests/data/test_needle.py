@@ -193,8 +193,7 @@ def test_every_third_batch_goes_back_to_a_stage_before():
   stages = [Stage(TASKS["one"], length, 6) for length in (20, 30, 40)]
   running = NeedleBatches(stages, tokens_per_step=40, seed=0)
   lengths = [
-    batch["tokens"].shape[1] + 1 - 5
-    for batch in itertools.islice(running, 24)
+    batch["tokens"].shape[1] + 1 - 5 for batch in itertools.islice(running, 24)
   ]
   assert lengths == [20] * 6 + [30, 30, 20] * 2 + [40, 40, 20, 40, 40, 30] * 2
   assert running.stage_at(8) == stages[1]
