@@ -169,6 +169,8 @@ class Command:
   """Defaults to start from: cpu, long or smoke."""
   out: pathlib.Path = pathlib.Path("runs/kv_eval")
   """Folder of the results and of the trained models."""
+  ask_only: bool = False
+  """Ask the newest checkpoints, finished or not, and train nothing."""
   evaluation: Annotated[KVEval, tyro.conf.arg(name="")] = dataclasses.field(
     default_factory=KVEval
   )
@@ -207,11 +209,18 @@ def run(command: Command) -> dict[str, Any]:
   evaluation, out = command.evaluation, command.out
   reporter = Reporter()
   reporter.say(f"devices    {devices.describe()}")
-  found = []
+  found, trained_steps = [], []
   started = time.monotonic()
   with told(reporter, out, resume=f"--out {out}"):
     for seed in evaluation.seeds:
-      model = train(evaluation, RunFolder(out / f"seed{seed}"), seed, reporter)
+      model, steps = train(
+        evaluation,
+        RunFolder(out / f"seed{seed}"),
+        seed,
+        reporter,
+        ask_only=command.ask_only,
+      )
+      trained_steps.append(steps)
       trained = time.monotonic()
       found.append(ask_all(evaluation, model, reporter))
       reporter.say(f"seed {seed}: asked for {time.monotonic() - trained:.0f} s")
@@ -222,6 +231,7 @@ def run(command: Command) -> dict[str, Any]:
       record={
         "options": dataclasses.asdict(evaluation),
         "device": devices.describe(),
+        "trained_steps": trained_steps,
         "wall_s": round(time.monotonic() - started, 1),
       },
     )
@@ -267,14 +277,21 @@ def curriculum(evaluation: KVEval) -> list[Any]:
   return stages
 
 
-def train(evaluation: KVEval, folder: Any, seed: int, reporter: Any) -> Any:
-  """The model of a seed: trained, continued, or as it was left in `folder`."""
+def train(
+  evaluation: KVEval, folder: Any, seed: int, reporter: Any, *, ask_only: bool
+) -> tuple[Any, int]:
+  """The model of a seed and its steps: trained, continued, or as it was left.
+
+  Raises:
+    UserError: The folder holds another model, or none and `ask_only`.
+  """
   import jax
   from flax import nnx
 
   from jaxheads.data import NEEDLE_VOCAB_SIZE, NeedleBatches
   from jaxheads.models import DecoderLM
   from jaxheads.training import devices, fit, signals
+  from jaxheads.training.checkpoint import saved_steps
   from jaxheads.training.retrieval import Retrieval
 
   stages = curriculum(evaluation)
@@ -312,6 +329,9 @@ def train(evaluation: KVEval, folder: Any, seed: int, reporter: Any) -> Any:
     )
 
   resume = folder.holds_run
+  newest = max(saved_steps(folder.checkpoints), default=0)
+  if ask_only and not newest:
+    raise UserError(f"`--ask-only`: {str(folder.path)!r} holds no checkpoint")
   if resume:
     before, _ = folder.read_config()
     if before != config:
@@ -321,6 +341,9 @@ def train(evaluation: KVEval, folder: Any, seed: int, reporter: Any) -> Any:
       )
   else:
     folder.create(config, model_config)
+  if ask_only:
+    # With nothing left to do, the loop gives back what it finds.
+    config = dataclasses.replace(config, steps=newest)
   mesh = devices.data_mesh()
   with signals.stop_on_signals() as stop, jax.set_mesh(mesh):
     graphdef, state, _ = fit(
@@ -335,7 +358,8 @@ def train(evaluation: KVEval, folder: Any, seed: int, reporter: Any) -> Any:
       mesh=mesh,
       stop=stop,
     )
-    return nnx.merge(graphdef, state.params, state.rest)
+    model = nnx.merge(graphdef, state.params, state.rest)
+    return model, int(state.step)
 
 
 def ask_all(evaluation: KVEval, model: Any, reporter: Any) -> dict[str, Any]:

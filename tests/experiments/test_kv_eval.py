@@ -265,12 +265,12 @@ def test_differences_are_paired():
 def test_interval_of_a_difference_covers_it():
   random = np.random.default_rng(3)
   covered = 0
-  for _ in range(200):
+  for _ in range(60):
     first = random.random((2, 60)) < 0.7
     second = random.random((2, 60)) < 0.5
     found = stats.paired_difference(list(first), list(second))
     covered += found.low <= 0.2 <= found.high
-  assert 178 <= covered <= 200
+  assert 52 <= covered <= 60
 
 
 def test_overlap_of_head_sets():
@@ -405,9 +405,19 @@ def test_smoke_run_leaves_its_results_and_asks_again_without_training(
     if '"loss"' in line
   ]
   assert steps == [1, 2, 3, 4]
+  asked = kv_eval.run(dataclasses.replace(command, ask_only=True))
+  assert asked["trained_steps"] == [4]
+  assert asked["methods"] == results["methods"]
   longer = dataclasses.replace(command.evaluation, steps=(2, 3))
   with pytest.raises(UserError, match="holds a model of other settings"):
     kv_eval.run(dataclasses.replace(command, evaluation=longer))
+
+
+def test_nothing_can_be_asked_without_a_model(tmp_path):
+  command = kv_eval.parse(["--preset", "smoke", "--ask-only"])
+  command = dataclasses.replace(command, out=tmp_path / "none")
+  with pytest.raises(UserError, match="holds no checkpoint"):
+    kv_eval.run(command)
 
 
 def test_policies_have_names_of_the_library():
