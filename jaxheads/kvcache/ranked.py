@@ -20,7 +20,7 @@ from jaxheads.kvcache.budgets import (
 )
 from jaxheads.kvcache.policy import CacheShape, LayerWindow, Plan, Policy
 from jaxheads.kvcache.scorers import Scorer, WindowAttention
-from jaxheads.kvcache.select import keep_parts, middle, rank
+from jaxheads.kvcache.select import keep_parts, largest, middle
 from jaxheads.kvcache.window import prompt_tokens
 
 
@@ -131,8 +131,8 @@ def _compete(
   heads, tokens = scores.shape
   between = middle(tokens, window.length, layer)
   scores = jnp.where(between, scores, -jnp.inf)
-  own = rank(scores) < layer["own"]
+  own = largest(scores, layer["own"][None, None])
   scores = jnp.where(own & between, jnp.inf, scores)
-  best = rank(scores.reshape(-1)).reshape(heads, tokens)
-  best = between & (best < heads * layer["middle"])
+  best = largest(scores.reshape(-1), heads * layer["middle"][None])
+  best = between & best.reshape(heads, tokens)
   return best | (prompt_tokens(window)[None] & ~between)

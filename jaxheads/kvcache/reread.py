@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxheads.kvcache.select import rank
+from jaxheads.kvcache.select import largest
 from jaxheads.kvcache.window import softmax_over
 
 
@@ -84,5 +84,5 @@ def keep_best(
   at = jnp.arange(scores.shape[-1])
   scores = jnp.where(at < sinks, jnp.inf, scores)
   scores = jnp.where(at < length, scores, -jnp.inf)
-  best = rank(scores.reshape(-1)) < tokens
+  best = largest(scores.reshape(-1), tokens[None])
   return best.reshape(scores.shape) & (at < length)

@@ -9,7 +9,12 @@ from jaxtyping import Array, Float
 
 from jaxheads.kvcache.budgets import at_least, check_choice
 from jaxheads.kvcache.policy import LayerWindow
-from jaxheads.kvcache.window import GroupReduce, pooled_attention
+from jaxheads.kvcache.window import (
+  GroupReduce,
+  over_group,
+  pooled_attention,
+  window_attention,
+)
 
 
 class Scorer(Protocol):
@@ -59,9 +64,10 @@ class WindowAttention(Scorer):
   def scores(
     self, window: LayerWindow, parts: dict[str, Any]
   ) -> Float[Array, "K S"]:
-    return pooled_attention(
-      window, parts, kernel=self.kernel, reduce=self.group_reduce
+    attention = over_group(
+      window_attention(window), window.k.shape[1], self.group_reduce
     )
+    return pooled_attention(attention, window.length, parts, kernel=self.kernel)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -6,21 +6,25 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 
-def rank(scores: Float[Array, "*K S"]) -> Int[Array, "*K S"]:
-  """Place of each score along the last axis, 0 the largest.
-
-  The lowest index comes first among equals.
-  """
-  order = jnp.argsort(scores, axis=-1, stable=True, descending=True)
-  return jnp.argsort(order, axis=-1, stable=True).astype(jnp.int32)
+def largest(
+  scores: Float[Array, "*K S"], count: Int[Array, "*#K 1"]
+) -> Bool[Array, "*K S"]:
+  """The `count` largest scores of each row; the lowest index wins ties."""
+  ordered = jnp.sort(scores, axis=-1, descending=True)
+  last = jnp.clip(count - 1, 0, scores.shape[-1] - 1)
+  least = jnp.take_along_axis(ordered, last, axis=-1)
+  more, equal = scores > least, scores == least
+  room = count - more.sum(axis=-1, keepdims=True, dtype=jnp.int32)
+  place = jnp.cumsum(equal, axis=-1, dtype=jnp.int32)
+  return more | (equal & (place <= room))
 
 
 def middle(
   size: int, length: Int[Array, ""], parts: dict[str, Any]
-) -> Bool[Array, "*K S"]:
+) -> Bool[Array, "#K S"]:
   """Tokens that are neither sinks nor recent; see `keep_parts`."""
-  at = jnp.arange(size)
-  sinks, recent = parts["sinks"][..., None], parts["recent"][..., None]
+  at = jnp.arange(size)[None]
+  sinks, recent = by_head(parts["sinks"]), by_head(parts["recent"])
   return (at >= sinks) & (at < length - recent)
 
 
@@ -35,7 +39,14 @@ def keep_parts(
     parts: The integers "sinks", "recent" and "middle", see
       `jaxheads.kvcache.budgets.Parts`; of all heads, or one a head, [K].
   """
-  between = middle(scores.shape[-1], length, parts)
-  best = rank(jnp.where(between, scores, -jnp.inf)) < parts["middle"][..., None]
-  outside = (jnp.arange(scores.shape[-1]) < length) & ~between
+  size = scores.shape[-1]
+  between = middle(size, length, parts)
+  scores = jnp.where(between, scores, -jnp.inf)
+  best = largest(scores, by_head(parts["middle"]))
+  outside = (jnp.arange(size) < length)[None] & ~between
   return outside | (between & best)
+
+
+def by_head(number: Int[Array, "*K"]) -> Int[Array, "#K 1"]:
+  """A number of all heads, or one of each, beside their tokens."""
+  return jnp.atleast_1d(number)[:, None]

@@ -19,14 +19,16 @@ from jaxheads.kvcache.budgets import (
   share,
 )
 from jaxheads.kvcache.policy import CacheShape, LayerWindow, Plan, Policy
-from jaxheads.kvcache.select import keep_parts, rank
+from jaxheads.kvcache.select import keep_parts, largest
 from jaxheads.kvcache.window import (
   GroupReduce,
   PoolScope,
   Space,
+  over_group,
   pooled_attention,
   prompt_tokens,
   semantic_vectors,
+  window_attention,
 )
 
 Center = Literal["included", "extra", "off"]
@@ -156,8 +158,10 @@ class TaskKV(Policy):
   def keep(
     self, window: LayerWindow, layer: dict[str, Any]
   ) -> Bool[Array, "K S"]:
+    attention = window_attention(window)
     vectors = semantic_vectors(
       window,
+      attention,
       top=self.top,
       space=self.space,
       reduce=self.group_reduce,
@@ -171,14 +175,14 @@ class TaskKV(Policy):
     else:
       scores = -layer["order"].astype(jnp.float32)
     full = separate(scores, distances, layer["full"], layer["nearest"])
-    attention = pooled_attention(
-      window,
+    pooled = pooled_attention(
+      over_group(attention, len(vectors), self.group_reduce),
+      window.length,
       layer,
       kernel=self.kernel,
       scope=self.pool_scope,
-      reduce=self.group_reduce,
     )
-    rest = keep_parts(attention, window.length, layer)
+    rest = keep_parts(pooled, window.length, layer)
     return jnp.where(full[:, None], prompt_tokens(window)[None], rest)
 
   def _order(self, shape: CacheShape) -> Int[np.ndarray, "R K"]:
@@ -220,6 +224,6 @@ def separate(
     full: How many heads.
     nearest: How many of them, 0 or 1, are the nearest head.
   """
-  best = rank(scores) < full - nearest
-  rest = rank(jnp.where(best, -jnp.inf, -distances))
-  return best | (rest < nearest)
+  best = largest(scores, (full - nearest)[None])
+  rest = jnp.where(best, -jnp.inf, -distances)
+  return best | largest(rest, nearest[None])

@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxheads.kvcache.policy import LayerWindow
 from jaxheads.kvcache.select import middle
@@ -82,33 +82,32 @@ def average_pool(x: Float[Array, "*K S"], kernel: int) -> Float[Array, "*K S"]:
 
 
 def pooled_attention(
-  window: LayerWindow,
+  attention: Float[Array, "K S"],
+  length: Int[Array, ""],
   parts: dict[str, Any],
   *,
   kernel: int,
   scope: PoolScope = "middle",
-  reduce: GroupReduce = "mean",
 ) -> Float[Array, "K S"]:
-  """Window attention of each KV head, smoothed: what ranks middle tokens.
+  """Attention smoothed over neighbours: what ranks middle tokens.
 
   Args:
-    window: One layer of one prompt.
+    attention: Of each KV head; 0 from `length` on.
+    length: Tokens of the prompt.
     parts: What is kept anyway, see `jaxheads.kvcache.select.keep_parts`.
     kernel: Tokens of the moving average, odd.
     scope: Smooth the "middle" alone, so that what sinks and recent tokens get
       does not leak into it, or "all" tokens.
-    reduce: How the query heads of a KV head make one.
   """
-  tokens, kv_heads, _ = window.k.shape
-  attention = over_group(window_attention(window), kv_heads, reduce)
   if scope == "middle":
-    between = middle(tokens, window.length, parts)
+    between = middle(attention.shape[-1], length, parts)
     attention = jnp.where(between, attention, 0.0)
   return average_pool(attention, kernel)
 
 
 def semantic_vectors(
   window: LayerWindow,
+  attention: Float[Array, "N S"],
   *,
   top: int,
   space: Space = "value",
@@ -129,6 +128,7 @@ def semantic_vectors(
 
   Args:
     window: One layer of one prompt.
+    attention: Its `window_attention`, C_n.
     top: Tokens t that enter; all, if the prompt has fewer.
     space: See above.
     reduce: How the query heads of a KV head make C.
@@ -139,14 +139,13 @@ def semantic_vectors(
     vector whose loss the paper bounds.
   """
   tokens, kv_heads, size = window.v.shape
-  by_head = window_attention(window)
-  by_group = over_group(by_head, kv_heads, reduce)
+  by_group = over_group(attention, kv_heads, reduce)
   _, at = jax.lax.top_k(by_group, min(top, tokens))
   # Zero weights would not hide NaN of tokens that are not there.
   v = jnp.where(prompt_tokens(window)[:, None, None], window.v, 0)
   v = v.swapaxes(0, 1).astype(jnp.float32)
   v = jnp.take_along_axis(v, at[..., None], axis=1)  # [K, t, H]
-  weights = by_group[:, None] if space == "value" else by_head
+  weights = by_group[:, None] if space == "value" else attention
   weights = weights.reshape(kv_heads, -1, tokens)
   weights = jnp.take_along_axis(weights, at[:, None], axis=-1)
   if renorm:
