@@ -291,9 +291,10 @@ def plot_claims(results: dict[str, Any], path: str | os.PathLike[str]) -> None:
   axes.set_xlabel(
     "difference in points, 95 % interval (right: the claim holds)", fontsize=9
   )
-  axes.legend(
-    frameon=False, fontsize=8, loc="lower left", bbox_to_anchor=(-0.4, 1.0)
-  )
+  if claims:
+    axes.legend(
+      frameon=False, fontsize=8, loc="lower left", bbox_to_anchor=(-0.4, 1.0)
+    )
   _plain(axes, grid="x")
   figures.save(figure, path)
 

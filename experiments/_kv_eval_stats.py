@@ -1,5 +1,6 @@
 """How sure a difference of a few samples is."""
 
+import functools
 import itertools
 import math
 from typing import NamedTuple
@@ -45,29 +46,33 @@ def proportion(successes: int, samples: int) -> Interval:
 def paired_difference(
   first: list[Float[np.ndarray, " samples"]],
   second: list[Float[np.ndarray, " samples"]],
-  *,
-  seed: int = 0,
 ) -> Interval:
   """Mean of `first` over `second`, each a list of one array per cell.
 
   Entry i of every array is of the same prompts in both. Cells count alike;
   bootstrap over the samples of each cell, percentiles.
   """
-  random = np.random.default_rng(seed)
   differences = [
     np.asarray(a, float) - np.asarray(b, float)
     for a, b in zip(first, second, strict=True)
   ]
-  means = np.zeros(_RESAMPLES)
-  for cell in differences:
-    # How often a resample draws each sample.
-    counts = random.multinomial(
-      len(cell), np.full(len(cell), 1 / len(cell)), size=_RESAMPLES
-    )
-    means += counts @ cell / len(cell)
+  means = sum(
+    _resampled(len(cell), number) @ cell
+    for number, cell in enumerate(differences)
+  )
   low, high = np.percentile(means / len(differences), [2.5, 97.5])
   mean = float(np.mean([cell.mean() for cell in differences]))
   return Interval(mean, float(low), float(high))
+
+
+@functools.lru_cache(maxsize=64)
+def _resampled(
+  samples: int, number: int
+) -> Float[np.ndarray, "resamples samples"]:
+  """Weights of each sample in each resample, the same for every method."""
+  random = np.random.default_rng(number)
+  even = np.full(samples, 1 / samples)
+  return random.multinomial(samples, even, size=_RESAMPLES) / samples
 
 
 def overlap(
