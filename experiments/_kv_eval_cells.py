@@ -114,11 +114,10 @@ def ask(
     batch = _Batch(reader, question, examples, page_size)
     for name, policy in policies.items():
       for budget in budgets:
-        keep = batch.keep(policy, budget)
-        parts.setdefault((name, budget), []).append(batch.cell(keep))
+        cell, full = batch.ask(policy, budget)
+        parts.setdefault((name, budget), []).append(cell)
         if name in sets_of and budget == watched:
-          full = np.asarray(keep.sum(axis=-1) == batch.length)
-          sets[name].append(full.swapaxes(0, 1))
+          sets[name].append(full)
         if name in by_pages:
           paged = page_budget(
             policy,
@@ -127,7 +126,7 @@ def ask(
             shape=reader.shape,
             page_size=page_size,
           )
-          cell = batch.cell(batch.keep(policy, paged))
+          cell, _ = batch.ask(policy, paged)
           parts.setdefault((f"{name} by pages", budget), []).append(cell)
     if reference and not question.aware:
       scores = reread(reader, batch.tokens, batch.length)
@@ -161,11 +160,27 @@ class _Batch:
       question.length if question.aware else examples[0].questions_start
     )
 
-  def keep(self, policy: Policy, budget: float) -> Array:
-    """What the policy keeps of what is read before the cut."""
-    return self._reader.keep(
+  def ask(
+    self, policy: Policy, budget: float
+  ) -> tuple[Cell, Bool[np.ndarray, "B R K"]]:
+    """The answers with what the policy keeps, and which heads are full."""
+    plan = policy.plan(self.length, budget, self._reader.shape)
+    if (plan.lengths == self.length).all() and policy.knows_lengths:
+      heads = (len(self.tokens), *self._reader.shape)
+      return self._everything, np.ones(heads, bool)
+    keep = self._reader.keep(
       policy, self._cached, length=self.length, budget=budget
     )
+    full = np.asarray(keep.sum(axis=-1) == self.length)
+    return self.cell(keep), full.swapaxes(0, 1)
+
+  @functools.cached_property
+  def _everything(self) -> Cell:
+    """The answers with the full cache."""
+    seen = jnp.arange(self.tokens.shape[1]) < self.length
+    layers, heads = self._reader.shape
+    shape = (layers, len(self.tokens), heads, len(seen))
+    return self.cell(jnp.broadcast_to(seen, shape))
 
   def cell(self, keep: Array) -> Cell:
     """The answers with what is kept."""

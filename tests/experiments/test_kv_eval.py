@@ -142,7 +142,7 @@ def test_cells_count_what_is_answered(aware, name):
   found, sets = cells.ask(
     reader,
     Question(task=task, length=length, aware=aware, samples=4, rows=4),
-    {"some": None},
+    {"some": make_policy("streaming", sinks=0)},
     budgets=(1.0, 0.5),
     page_size=8,
     sinks=2,
