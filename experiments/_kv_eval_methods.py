@@ -15,8 +15,9 @@ class Settings:
 
   window: int = 8
   """Last queries of a prompt that scores are made of (L)."""
-  kernel: int = 5
-  """Tokens of the average that smooths scores."""
+  kernel: int = 7
+  """Tokens of the average that smooths scores; as published, since answers are
+  as long here."""
   sinks: int = 2
   """First tokens that compressed heads keep (s1)."""
   recent: int = 16

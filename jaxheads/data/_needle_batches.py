@@ -172,7 +172,7 @@ class NeedleBatches(Iterator[Batch]):
   def _describe(self) -> dict[str, Any]:
     """What must be equal for a position to mean the same."""
     return {
-      "stages": [dataclasses.asdict(stage) for stage in self._stages],
+      "stages": [repr(stage) for stage in self._stages],
       "rows": self._rows,
       "seed": self._seed,
     }

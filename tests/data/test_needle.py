@@ -1,6 +1,7 @@
 """Needle prompts: the answer is in the text, where it should be, and once."""
 
 import itertools
+import json
 
 import numpy as np
 import pytest
@@ -9,10 +10,12 @@ from jaxheads.data import (
   EVALUATION_SEED,
   NEEDLE_VOCAB_SIZE,
   CopyTask,
+  MixedTask,
   NeedleBatches,
   NeedleTask,
   Stage,
   needle_batch,
+  retrieval_tasks,
 )
 from jaxheads.errors import UserError
 
@@ -248,6 +251,23 @@ def test_a_position_can_be_resumed():
     np.testing.assert_array_equal(next(resumed)["tokens"], tokens)
   with pytest.raises(UserError, match="`seed` was 1, is 2"):
     batches(seed=2).set_state(state)
+
+
+def test_a_position_survives_json_and_names_its_tasks():
+  def mixed(*tasks):
+    stage = Stage(MixedTask(tasks), 64, 2)
+    return NeedleBatches([stage], tokens_per_step=128, seed=1)
+
+  running = mixed(CopyTask(), NeedleTask())
+  next(running)
+  state = json.loads(json.dumps(running.get_state()))
+  resumed = mixed(CopyTask(), NeedleTask())
+  resumed.set_state(state)
+  np.testing.assert_array_equal(
+    next(resumed)["tokens"], next(running)["tokens"]
+  )
+  with pytest.raises(UserError, match="`stages` was .*CopyTask"):
+    mixed(retrieval_tasks(64)["copy"], NeedleTask()).set_state(state)
 
 
 def test_stages_that_do_not_hold_the_needles_are_refused():

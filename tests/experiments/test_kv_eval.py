@@ -422,5 +422,5 @@ def test_nothing_can_be_asked_without_a_model(tmp_path):
 
 def test_policies_have_names_of_the_library():
   assert POLICIES["snapkv"] == make_policy(
-    "snapkv", window=8, kernel=5, recent=8
+    "snapkv", window=8, kernel=7, recent=8
   )
