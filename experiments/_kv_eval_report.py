@@ -343,7 +343,8 @@ def _overlaps(
 ) -> list[dict[str, Any]]:
   rows = []
   for number, own in enumerate(sets):
-    if len(own) < 2:
+    seen = all(len(task) > 1 and task.any() for task in own.values())
+    if len(own) < 2 or not seen:
       continue
     gap, within, across = overlap_gap(own)
     rows.append(

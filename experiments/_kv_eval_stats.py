@@ -97,8 +97,8 @@ def overlap_gap(
 ) -> tuple[Interval, float, float]:
   """Overlap within tasks over that across tasks, then both means.
 
-  Bootstrap over the prompts of each task; a prompt is never compared with
-  itself.
+  Bootstrap over the prompts of each task, at least two; a prompt is never
+  compared with itself.
   """
   random = np.random.default_rng(seed)
   names = list(sets)
@@ -119,14 +119,16 @@ def overlap_gap(
     return float(np.mean(within)), float(np.mean(across))
 
   inside, outside = means({name: np.arange(len(sets[name])) for name in names})
+
+  def redrawn(count: int) -> np.ndarray:
+    while True:
+      picks = random.integers(0, count, count)
+      if len(np.unique(picks)) > 1:
+        return picks
+
   gaps = []
   for _ in range(_RESAMPLES // 10):
-    drawn = means(
-      {
-        name: random.integers(0, len(sets[name]), len(sets[name]))
-        for name in names
-      }
-    )
+    drawn = means({name: redrawn(len(sets[name])) for name in names})
     gaps.append(drawn[0] - drawn[1])
   low, high = np.percentile(gaps, [2.5, 97.5])
   return Interval(inside - outside, float(low), float(high)), inside, outside

@@ -290,6 +290,9 @@ def test_overlap_of_head_sets():
   assert gap.low == gap.high == pytest.approx(2 / 3)
   gap, *_ = stats.overlap_gap({"a": same, "b": same})
   assert gap == (0, 0, 0)
+  # Few prompts: resamples are never of one prompt alone.
+  gap, *_ = stats.overlap_gap({"a": same[:2], "b": other[:2]})
+  assert gap.low == gap.high == pytest.approx(2 / 3)
 
 
 def planted(gain):
