@@ -402,9 +402,10 @@ def test_smoke_run_leaves_its_results_and_asks_again_without_training(
   again = kv_eval.run(command)
   for name in ("methods", "tasks", "claims"):
     assert again[name] == results[name]
+  metrics = (command.out / "seed0" / "metrics.jsonl").read_text()
   steps = [
     json.loads(line)["step"]
-    for line in (command.out / "seed0" / "metrics.jsonl").open()
+    for line in metrics.splitlines()
     if '"loss"' in line
   ]
   assert steps == [1, 2, 3, 4]
