@@ -4,15 +4,9 @@ A prompt is noise with needles in it, and a question at its end:
 
   BOS noise SEP k1 k2 ASSIGN v1 v2 v3 v4 noise ... QRY k1 k2 ANS
 
-and its answer v1 v2 v3 v4 EOS. Keys, values and noise are symbols of their
-own, so nothing but finding the needle helps. Further questions, with their
-answers, may stand before the last one.
-
-To repeat a stretch of symbols is easier to learn, and teaches to look back:
-
-  BOS noise s1 .. sn noise QRY s1 .. sn EOS
-
-Every example is a function of its seed and number.
+and its answer v1 v2 v3 v4 EOS. Nothing but finding the needle helps. Further
+questions, with their answers, may stand before the last one; one question may
+also ask for several needles.
 """
 
 import dataclasses
@@ -21,51 +15,26 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Int
 
-PAD, BOS, SEP, QRY, ANS, EOS, ASSIGN, REF, LIST = range(9)
-FIRST_KEY = 9
-FIRST_VALUE = FIRST_KEY + 64
-FIRST_NOISE = FIRST_VALUE + 64
-NEEDLE_VOCAB_SIZE = FIRST_NOISE + 256
+from . import _prompts
+from ._prompts import (
+  ANS,
+  ASSIGN,
+  BOS,
+  EOS,
+  FIRST_KEY,
+  FIRST_NOISE,
+  FIRST_VALUE,
+  KEY_SYMBOLS,
+  QRY,
+  SEP,
+  Example,
+)
 
-_KEY_TOKENS = 2
-_VALUE_TOKENS = 4
-# SEP k1 k2 ASSIGN v1 v2 v3 v4.
-_NEEDLE_TOKENS = 2 + _KEY_TOKENS + _VALUE_TOKENS
-# QRY k1 k2 ANS v1 v2 v3 v4.
-_ROUND_TOKENS = 2 + _KEY_TOKENS + _VALUE_TOKENS
-# BOS in front, QRY k1 k2 ANS at the end.
-_FRAME_TOKENS = 1 + 2 + _KEY_TOKENS
-_SHORTEST_COPY = 6
-# Answer and EOS.
-ANSWER_TOKENS = _VALUE_TOKENS + 1
-# Seeds of examples to learn from and to be asked for never meet.
-EVALUATION_SEED = 2**31
-
-
-@dataclasses.dataclass(frozen=True)
-class NeedleExample:
-  """One prompt with its answer.
-
-  Attributes:
-    tokens: Prompt, answer and EOS, int32 [length + ANSWER_TOKENS].
-    length: Tokens of the prompt.
-    start: Where the needle that is asked for, or the copied stretch, begins.
-    questions_start: Where the first question begins.
-  """
-
-  tokens: Int[np.ndarray, " tokens"]
-  length: int
-  start: int
-  questions_start: int
-
-  @property
-  def answer(self) -> Int[np.ndarray, " values"]:
-    """The tokens asked for, without EOS."""
-    return self.tokens[self.length : -1]
+VALUE_TOKENS = 4
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class NeedleTask:
+class NeedleTask(_prompts.Task):
   """What a prompt hides.
 
   Attributes:
@@ -74,19 +43,31 @@ class NeedleTask:
     questions: Questions, each for another needle; all but the last are
       answered in the prompt.
     noise: "random" symbols, each on its own, or a "cycle" of 20 symbols.
+    key_tokens: Symbols of a key.
+    asked: Keys that a question names; their values follow in this order.
   """
 
   needles: int = 1
   questions: int = 1
   noise: Literal["random", "cycle"] = "random"
+  key_tokens: int = 2
+  asked: int = 1
 
   def __post_init__(self) -> None:
-    if self.needles < 1:
-      raise ValueError(f"`needles` must be at least 1, got {self.needles}.")
+    for name in ("needles", "key_tokens", "asked"):
+      if getattr(self, name) < 1:
+        raise ValueError(
+          f"`{name}` must be at least 1, got {getattr(self, name)}."
+        )
     if not 1 <= self.questions <= self.needles:
       raise ValueError(
         f"`questions` must be in [1, {self.needles}], the number of needles, "
         f"got {self.questions}."
+      )
+    if self.questions * self.asked > self.needles:
+      raise ValueError(
+        f"`asked` must be at most `needles` / `questions`, got {self.asked} "
+        f"for {self}."
       )
     if self.noise not in ("random", "cycle"):
       raise ValueError(
@@ -96,176 +77,123 @@ class NeedleTask:
   def __str__(self) -> str:
     return f"{self.needles} needle(s) and {self.questions} question(s)"
 
+  @property
+  def _needle_tokens(self) -> int:
+    """SEP key ASSIGN value."""
+    return 2 + self.key_tokens + VALUE_TOKENS
+
+  @property
+  def _rounds_tokens(self) -> int:
+    """QRY keys ANS values, of all questions but the last."""
+    pair = self.key_tokens + VALUE_TOKENS
+    return (self.questions - 1) * (2 + self.asked * pair)
+
+  @property
+  def _frame_tokens(self) -> int:
+    """BOS in front, QRY keys ANS at the end."""
+    return 1 + 2 + self.asked * self.key_tokens
+
   def min_length(self) -> int:
     """Tokens of the shortest prompt that holds the needles at any depth."""
     # On either side of the asked needle, less than a needle's length may be
     # left over.
-    spare = 0 if self.needles == 1 else _NEEDLE_TOKENS - 1
-    rounds = _ROUND_TOKENS * (self.questions - 1)
-    return _FRAME_TOKENS + rounds + _NEEDLE_TOKENS * self.needles + spare
+    spare = 0 if self.needles == 1 else self._needle_tokens - 1
+    needles = self._needle_tokens * self.needles
+    return self._frame_tokens + self._rounds_tokens + needles + spare
 
   def at_turn(self, index: int) -> "NeedleTask":
-    """With 1 to `needles` needles and 1 to `questions` questions, by turns."""
-    turn, needles = divmod(index, self.needles)
-    needles += 1
-    questions = 1 + turn % min(needles, self.questions)
+    """With fewer needles and questions, by turns; at least what is asked."""
+    turn, needles = divmod(index, self.needles - self.asked + 1)
+    needles += self.asked
+    questions = 1 + turn % min(needles // self.asked, self.questions)
     return dataclasses.replace(self, needles=needles, questions=questions)
 
   def asking_once(self) -> "NeedleTask":
     """With one question."""
     return dataclasses.replace(self, questions=1)
 
+  def answer_tokens(self, length: int) -> int:
+    """As `Task.answer_tokens`."""
+    del length
+    return self.asked * VALUE_TOKENS
+
   def draw(
-    self,
-    length: int,
-    *,
-    seed: int,
-    index: int,
-    depth: float | None = None,
-  ) -> NeedleExample:
-    """Example number `index` of a seed.
-
-    Args:
-      length: Tokens of the prompt, exactly.
-      seed, index: Name the example; both at least 0.
-      depth: Where the needle is, 0 at the start of the context and 1 at its
-        end; `None` draws it, both ends more often than by chance.
-
-    Raises:
-      ValueError: `length` is too short for the needles, or `depth` is not in
-        [0, 1].
+    self, length: int, *, seed: int, index: int, depth: float | None = None
+  ) -> Example:
+    """As `Task.draw`; `depth` is that of the first needle asked for last.
 
     Source:
-      niah-single and niah-multikey of RULER, https://arxiv.org/abs/2404.06654,
-      in a size that can be learnt from scratch.
+      niah-single, niah-multikey and niah-multiquery of RULER,
+      https://arxiv.org/abs/2404.06654, in a size that can be learnt from
+      scratch.
     """
-    _check(self, length, depth)
-    random = _random(seed, index)
-    room = length - _FRAME_TOKENS - _ROUND_TOKENS * (self.questions - 1)
+    random = self._start(length, seed=seed, index=index, depth=depth)
+    room = length - self._frame_tokens - self._rounds_tokens
     if self.noise == "cycle":
       context = FIRST_NOISE + np.arange(room) % 20
     else:
-      context = random.integers(FIRST_NOISE, NEEDLE_VOCAB_SIZE, room)
+      context = _prompts.noise(random, room)
     if depth is None:
-      depth = _depth(random)
-    before = round(depth * (room - _NEEDLE_TOKENS))
-    starts = [before, *_other_starts(random, self.needles, room, before)]
-    # Different keys: numbers of pairs of symbols.
-    pairs = random.choice(64**_KEY_TOKENS, len(starts), replace=False)
-    keys = FIRST_KEY + np.stack([pairs // 64, pairs % 64], axis=-1)
-    values = random.integers(
-      FIRST_VALUE, FIRST_NOISE, (len(starts), _VALUE_TOKENS)
-    )
+      depth = _prompts.drawn_depth(random)
+    before = round(depth * (room - self._needle_tokens))
+    starts = [before, *self._other_starts(random, room, before)]
+    keys = drawn_keys(random, len(starts), self.key_tokens)
+    values = drawn_values(random, len(starts))
     for start, key, value in zip(starts, keys, values, strict=True):
-      context[start : start + _NEEDLE_TOKENS] = [SEP, *key, ASSIGN, *value]
+      context[start : start + self._needle_tokens] = needle(key, value)
     tokens = [BOS, *context]
-    for asked in reversed(range(self.questions)):
-      tokens += [QRY, *keys[asked], ANS, *values[asked]]
-    return NeedleExample(
+    for number in reversed(range(self.questions)):
+      asked = slice(number * self.asked, (number + 1) * self.asked)
+      tokens += [QRY, *keys[asked].flat, ANS, *values[asked].flat]
+    return Example(
       tokens=np.array([*tokens, EOS], np.int32),
       length=length,
       start=1 + before,
       questions_start=1 + room,
     )
 
-
-@dataclasses.dataclass(frozen=True)
-class CopyTask:
-  """A stretch of symbols to repeat, anywhere in noise.
-
-  The stretch has few different symbols or many: with few, only what came
-  before the last one tells where to go on.
-  """
-
-  def __str__(self) -> str:
-    return "a stretch to copy"
-
-  def min_length(self) -> int:
-    """Tokens of the shortest prompt."""
-    return 3 * _SHORTEST_COPY
-
-  def at_turn(self, index: int) -> "CopyTask":
-    """Itself."""
-    del index
-    return self
-
-  def asking_once(self) -> "CopyTask":
-    """Itself."""
-    return self
-
-  def draw(
-    self, length: int, *, seed: int, index: int, depth: float | None = None
-  ) -> NeedleExample:
-    """As `NeedleTask.draw`; `depth` is that of the stretch."""
-    _check(self, length, depth)
-    random = _random(seed, index)
-    total = length + ANSWER_TOKENS
-    size = int(random.integers(_SHORTEST_COPY, total // 3 + 1))
-    symbols = np.arange(FIRST_KEY, NEEDLE_VOCAB_SIZE)
-    different = int(random.integers(_SHORTEST_COPY, 2 * size))
-    symbols = random.choice(
-      symbols, min(different, symbols.size), replace=False
-    )
-    stretch = random.choice(symbols, size)
-    # BOS, QRY and EOS.
-    room = total - 2 * size - 3
-    noise = random.integers(FIRST_NOISE, NEEDLE_VOCAB_SIZE, room)
-    if depth is None:
-      depth = _depth(random)
-    before = round(depth * room)
-    tokens = [BOS, *noise[:before], *stretch, *noise[before:]]
-    return NeedleExample(
-      tokens=np.array([*tokens, QRY, *stretch, EOS], np.int32),
-      length=length,
-      start=1 + before,
-      questions_start=len(tokens),
-    )
+  def _other_starts(
+    self, random: np.random.Generator, room: int, before: int
+  ) -> list[int]:
+    """Where the needles begin that are not the first, none upon another."""
+    size = self._needle_tokens
+    after = room - before - size
+    fit_before, fit_after = before // size, after // size
+    count = self.needles - 1
+    count_before = int(random.binomial(count, before / max(1, before + after)))
+    count_before = min(max(count_before, count - fit_after), fit_before)
+    starts = []
+    for first, space, number in (
+      (0, before, count_before),
+      (before + size, after, count - count_before),
+    ):
+      starts += [
+        first + start for start in _prompts.gaps(random, space, [size] * number)
+      ]
+    if self.asked > 1:
+      # Which of the others are asked for must not depend on their places.
+      random.shuffle(starts)
+    return starts
 
 
-def _random(seed: int, index: int) -> np.random.Generator:
-  return np.random.Generator(
-    np.random.Philox(key=np.array([seed, index], np.uint64))
-  )
-
-
-def _depth(random: np.random.Generator) -> float:
-  """Anywhere; about one time in twenty at the start, and as often at the end.
-
-  In long prompts both look like nothing else, and would hardly come.
-  """
-  return float(np.clip(1.1 * random.random() - 0.05, 0.0, 1.0))
-
-
-def _check(
-  task: NeedleTask | CopyTask, length: int, depth: float | None
-) -> None:
-  if length < task.min_length():
-    raise ValueError(
-      f"`length` must be at least {task.min_length()} for {task}, got {length}."
-    )
-  if depth is not None and not 0 <= depth <= 1:
-    raise ValueError(f"`depth` must be in [0, 1], got {depth}.")
-
-
-def _other_starts(
-  random: np.random.Generator, needles: int, room: int, before: int
+def needle(
+  key: Int[np.ndarray, " key"], value: Int[np.ndarray, " value"]
 ) -> list[int]:
-  """Where the needles that are not asked for begin, none upon another."""
-  after = room - before - _NEEDLE_TOKENS
-  fit_before, fit_after = before // _NEEDLE_TOKENS, after // _NEEDLE_TOKENS
-  count = needles - 1
-  count_before = int(random.binomial(count, before / max(1, before + after)))
-  count_before = min(max(count_before, count - fit_after), fit_before)
-  starts = []
-  for first, size, number in (
-    (0, before, count_before),
-    (before + _NEEDLE_TOKENS, after, count - count_before),
-  ):
-    # Needles as single tokens among the noise, then at their full length.
-    slots = size - (_NEEDLE_TOKENS - 1) * number
-    chosen = np.sort(random.choice(slots, number, replace=False))
-    starts += [
-      first + int(slot) + (_NEEDLE_TOKENS - 1) * rank
-      for rank, slot in enumerate(chosen)
-    ]
-  return starts
+  """One fact as tokens."""
+  return [SEP, *key, ASSIGN, *value]
+
+
+def drawn_keys(
+  random: np.random.Generator, count: int, key_tokens: int
+) -> Int[np.ndarray, "count key_tokens"]:
+  """Different keys: numbers whose digits are symbols."""
+  numbers = random.choice(KEY_SYMBOLS**key_tokens, count, replace=False)
+  powers = KEY_SYMBOLS ** np.arange(key_tokens)[::-1]
+  return FIRST_KEY + numbers[:, None] // powers[None] % KEY_SYMBOLS
+
+
+def drawn_values(
+  random: np.random.Generator, count: int
+) -> Int[np.ndarray, "count value_tokens"]:
+  """Values, each on its own."""
+  return random.integers(FIRST_VALUE, FIRST_NOISE, (count, VALUE_TOKENS))

@@ -10,22 +10,34 @@ import numpy as np
 from jaxheads.errors import UserError
 
 from ._loader import Batch
-from ._needle import CopyTask, NeedleExample, NeedleTask
+from ._prompts import PAD, Example, Task
 
 _REVIEW_EVERY = 3
 
 
-def needle_batch(examples: Sequence[NeedleExample]) -> Batch:
+def needle_batch(
+  examples: Sequence[Example], *, answer_tokens: int = 0
+) -> Batch:
   """Examples of one length as "tokens", "targets" and "mask" [B, T].
 
-  T is the prompt's length and the answer's. The mask is True where the target
-  stands after the first QRY: noise cannot be learnt.
+  T is the prompt's length and `answer_tokens`, or more where an answer is
+  longer. The mask is True where the target stands after the first QRY, up to
+  EOS: noise cannot be learnt.
   """
-  tokens = np.stack([example.tokens for example in examples])
+  length = max(example.length for example in examples)
+  total = max(
+    length + answer_tokens + 1,
+    *(len(example.tokens) for example in examples),
+  )
+  tokens = np.full((len(examples), total), PAD, np.int32)
+  for row, example in zip(tokens, examples, strict=True):
+    row[: len(example.tokens)] = example.tokens
   starts = np.array([example.questions_start for example in examples])
   # Target t is token t + 1.
-  mask = np.arange(tokens.shape[1] - 1)[None] >= starts[:, None]
-  return {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "mask": mask}
+  targets = tokens[:, 1:]
+  mask = np.arange(total - 1)[None] >= starts[:, None]
+  mask &= targets != PAD
+  return {"tokens": tokens[:, :-1], "targets": targets, "mask": mask}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,9 +46,9 @@ class Stage:
 
   Attributes:
     task: What prompts hide, and how many questions they ask. Prompts take
-      turns with 1 to `task.needles` needles, so that the easy case comes
-      along, and with 1 to `task.questions` questions, so that distance alone
-      does not find a needle.
+      turns (`Task.at_turn`): with 1 to `task.needles` needles, so that the
+      easy case comes along, and with 1 to `task.questions` questions, so that
+      distance alone does not find a needle.
     length: Tokens of a prompt.
     steps: Batches.
 
@@ -44,7 +56,7 @@ class Stage:
     UserError: `length` does not hold the needles.
   """
 
-  task: NeedleTask | CopyTask
+  task: Task
   length: int
   steps: int
 
@@ -103,7 +115,10 @@ class NeedleBatches(Iterator[Batch]):
     # Numbers that no two examples of the run share.
     first = self._step * max(self._rows)
     self._step += 1
-    return needle_batch([self._draw(stage, first + row) for row in mine])
+    return needle_batch(
+      [self._draw(stage, first + row) for row in mine],
+      answer_tokens=stage.task.answer_tokens(stage.length),
+    )
 
   def get_state(self) -> dict[str, Any]:
     """The position after the last batch taken, as JSON can hold it."""
@@ -149,7 +164,7 @@ class NeedleBatches(Iterator[Batch]):
       return since // _REVIEW_EVERY % number
     return number
 
-  def _draw(self, stage: Stage, index: int) -> NeedleExample:
+  def _draw(self, stage: Stage, index: int) -> Example:
     return stage.task.at_turn(index).draw(
       stage.length, seed=self._seed, index=index
     )
@@ -157,7 +172,7 @@ class NeedleBatches(Iterator[Batch]):
   def _describe(self) -> dict[str, Any]:
     """What must be equal for a position to mean the same."""
     return {
-      "stages": [dataclasses.asdict(stage) for stage in self._stages],
+      "stages": [repr(stage) for stage in self._stages],
       "rows": self._rows,
       "seed": self._seed,
     }

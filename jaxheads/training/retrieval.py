@@ -14,14 +14,7 @@ from jax.sharding import Mesh
 from jaxtyping import Float
 from matplotlib.figure import Figure
 
-from jaxheads.data import (
-  ANSWER_TOKENS,
-  EVALUATION_SEED,
-  CopyTask,
-  NeedleTask,
-  Stage,
-  needle_batch,
-)
+from jaxheads.data import EVALUATION_SEED, Stage, Task, needle_batch
 from jaxheads.training import devices, figures
 from jaxheads.training.losses import token_nats
 from jaxheads.training.step import TrainState
@@ -96,7 +89,7 @@ class Retrieval:
   def ask(
     self,
     state: TrainState,
-    task: NeedleTask | CopyTask,
+    task: Task,
     length: int,
     *,
     samples: int,
@@ -130,7 +123,10 @@ class Retrieval:
         )
         for row in range(rows)
       ]
-      batch = devices.put_batch(self._mesh, needle_batch(examples))
+      batch = needle_batch(examples, answer_tokens=task.answer_tokens(length))
+      # Of earlier questions the answers are given.
+      batch["mask"][:, : length - 1] = False
+      batch = devices.put_batch(self._mesh, batch)
       right, row_nats = self._answers(state.params, state.rest, batch)
       exact += float(np.asarray(right)[:wanted].sum())
       nats += float(np.asarray(row_nats)[:wanted].sum())
@@ -139,7 +135,7 @@ class Retrieval:
   def sweep(
     self,
     state: TrainState,
-    task: NeedleTask | CopyTask,
+    task: Task,
     lengths: Sequence[int],
     depths: Sequence[float],
     *,
@@ -171,11 +167,11 @@ def _make_answers(graphdef: nnx.GraphDef[Any]) -> Callable[..., Any]:
   def answers(params: Any, rest: Any, batch: Any) -> tuple[Any, Any]:
     model = nnx.merge(graphdef, params, rest)
     logits = model(batch["tokens"], deterministic=True)
-    logits = logits[:, -ANSWER_TOKENS:]
-    targets = batch["targets"][:, -ANSWER_TOKENS:]
+    targets, mask = batch["targets"], batch["mask"]
     right = jnp.argmax(logits, axis=-1) == targets
     nats = token_nats(logits, targets)
-    return jnp.all(right, axis=1), jnp.mean(nats, axis=1)
+    mean = jnp.mean(nats, axis=1, where=mask)
+    return jnp.all(right | ~mask, axis=1), mean
 
   return answers
 

@@ -1,19 +1,21 @@
 """Needle prompts: the answer is in the text, where it should be, and once."""
 
 import itertools
+import json
 
 import numpy as np
 import pytest
 
 from jaxheads.data import (
-  ANSWER_TOKENS,
   EVALUATION_SEED,
   NEEDLE_VOCAB_SIZE,
   CopyTask,
+  MixedTask,
   NeedleBatches,
   NeedleTask,
   Stage,
   needle_batch,
+  retrieval_tasks,
 )
 from jaxheads.errors import UserError
 
@@ -55,7 +57,7 @@ def test_questions_are_answered_by_the_text(task, depth, extra):
     example = task.draw(length, seed=7, index=index, depth=depth)
     tokens = example.tokens.tolist()
     assert example.tokens.dtype == np.int32
-    assert len(tokens) == length + ANSWER_TOKENS
+    assert len(tokens) == length + 5
     assert tokens[0] == BOS
     assert tokens[-1] == EOS
     assert max(tokens) < NEEDLE_VOCAB_SIZE
@@ -109,6 +111,10 @@ def test_the_cycle_repeats():
   [
     (lambda: NeedleTask(needles=0), "`needles` must be at least 1, got 0"),
     (lambda: NeedleTask(questions=2), "`questions` must be in .1, 1."),
+    (
+      lambda: NeedleTask(needles=3, questions=2, asked=2),
+      "`asked` must be at most `needles` / `questions`, got 2",
+    ),
     (lambda: NeedleTask(noise="white"), "`noise` must be"),
     (
       lambda: NeedleTask().draw(12, seed=0, index=0),
@@ -150,7 +156,7 @@ def test_a_stretch_is_to_be_copied(length, depth):
   for index in range(10):
     example = CopyTask().draw(length, seed=3, index=index, depth=depth)
     tokens = example.tokens.tolist()
-    assert len(tokens) == length + ANSWER_TOKENS
+    assert len(tokens) == length + 5
     assert (tokens[0], tokens[-1]) == (BOS, EOS)
     question = tokens.index(QRY)
     assert question == example.questions_start
@@ -190,8 +196,7 @@ def test_every_third_batch_goes_back_to_a_stage_before():
   stages = [Stage(TASKS["one"], length, 6) for length in (20, 30, 40)]
   running = NeedleBatches(stages, tokens_per_step=40, seed=0)
   lengths = [
-    batch["tokens"].shape[1] + 1 - ANSWER_TOKENS
-    for batch in itertools.islice(running, 24)
+    batch["tokens"].shape[1] + 1 - 5 for batch in itertools.islice(running, 24)
   ]
   assert lengths == [20] * 6 + [30, 30, 20] * 2 + [40, 40, 20, 40, 40, 30] * 2
   assert running.stage_at(8) == stages[1]
@@ -246,6 +251,23 @@ def test_a_position_can_be_resumed():
     np.testing.assert_array_equal(next(resumed)["tokens"], tokens)
   with pytest.raises(UserError, match="`seed` was 1, is 2"):
     batches(seed=2).set_state(state)
+
+
+def test_a_position_survives_json_and_names_its_tasks():
+  def mixed(*tasks):
+    stage = Stage(MixedTask(tasks), 64, 2)
+    return NeedleBatches([stage], tokens_per_step=128, seed=1)
+
+  running = mixed(CopyTask(), NeedleTask())
+  next(running)
+  state = json.loads(json.dumps(running.get_state()))
+  resumed = mixed(CopyTask(), NeedleTask())
+  resumed.set_state(state)
+  np.testing.assert_array_equal(
+    next(resumed)["tokens"], next(running)["tokens"]
+  )
+  with pytest.raises(UserError, match="`stages` was .*CopyTask"):
+    mixed(retrieval_tasks(64)["copy"], NeedleTask()).set_state(state)
 
 
 def test_stages_that_do_not_hold_the_needles_are_refused():
