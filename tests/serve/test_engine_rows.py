@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from jaxheads.kvcache.policy import Plan, Policy
-from jaxheads.kvcache.select import rank
+from jaxheads.kvcache.select import largest
 from jaxheads.models.generate import generate
 from tests.models.builders import forward
 from tests.serve import masked
@@ -117,8 +117,8 @@ class Drawn(Policy):
   def keep(self, window, layer: dict[str, Any]):
     inside = jnp.arange(window.k.shape[0]) < window.length
     scores = layer["scores"][:, : inside.shape[0]]
-    best = rank(jnp.where(inside, scores, -1.0))
-    return (best < layer["count"][:, None]) & inside
+    best = largest(jnp.where(inside, scores, -1.0), layer["count"][:, None])
+    return best & inside
 
 
 COUNTS = ((1, PAGE + 1, 0, PAGE), (PAGE - 1, 0, 1, PAGE + 1))
