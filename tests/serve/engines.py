@@ -162,12 +162,18 @@ class Watched:
 
 @jax.jit
 def _fill(pages, free):
-  nan = np.uint16(0x7FC0) if pages.k.dtype == jnp.uint16 else np.nan
-  k, v = (
-    jnp.where(free[:, None, None], jnp.asarray(nan, x.dtype), x)
-    for x in (pages.k, pages.v)
-  )
-  return dataclasses.replace(pages, k=k, v=v)
+  """Free pages hold NaN, or are multiplied with it."""
+
+  def fill(pool):
+    if pool.scales is not None:
+      scales = jnp.where(free, jnp.nan, pool.scales)
+      return dataclasses.replace(pool, scales=scales)
+    nan = np.uint16(0x7FC0) if pool.stored.dtype == jnp.uint16 else np.nan
+    nan = jnp.asarray(nan, pool.stored.dtype)
+    stored = jnp.where(free[:, None, None], nan, pool.stored)
+    return dataclasses.replace(pool, stored=stored)
+
+  return dataclasses.replace(pages, k=fill(pages.k), v=fill(pages.v))
 
 
 def check_masked(model, one, events, *, policy, budget, atol=2e-5):
