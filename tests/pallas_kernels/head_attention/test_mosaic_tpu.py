@@ -127,7 +127,7 @@ def test_no_races_and_nothing_uninitialised_is_read(pattern, capsys):
     # Whose steps come back to the one query tile at once, after two and after
     # three.
     pytest.param(6, id="one member"),
-    pytest.param(3, id="two members"),
+    pytest.param(3, id="two members", marks=pytest.mark.exhaustive),
     pytest.param(2, id="three members"),
   ],
 )
