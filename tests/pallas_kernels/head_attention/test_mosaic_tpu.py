@@ -168,7 +168,11 @@ def test_a_race_would_be_seen(capsys):
   "pattern",
   [
     pytest.param(strided(0, 0, 0, 0), id="one row a group"),
-    pytest.param(strided(0, 0, 1, 1), id="two residues in a group"),
+    pytest.param(
+      strided(0, 0, 1, 1),
+      id="two residues in a group",
+      marks=pytest.mark.exhaustive,
+    ),
     pytest.param(strided(3, 1, 0, 2), id="a residue each"),
     pytest.param(strided(0, 1, 1, 1), id="rows of two sizes"),
     pytest.param(
