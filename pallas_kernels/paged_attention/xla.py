@@ -88,13 +88,14 @@ def _take(
 ) -> Float[Array, "c tokens H"]:
   """Pages by number."""
   if jnp.issubdtype(pool.dtype, jnp.unsignedinteger):
-    return as_floats(pool.at[page].get(mode="clip"))
-  # As integers, and inside the loop: XLA's CPU compiler would otherwise make a
-  # float32 copy of the whole of a bfloat16 pool.
-  pool, page = jax.lax.optimization_barrier((pool, page))
-  bits = jnp.dtype(f"uint{8 * pool.dtype.itemsize}")
-  taken = jax.lax.bitcast_convert_type(pool, bits).at[page].get(mode="clip")
-  taken = jax.lax.bitcast_convert_type(taken, pool.dtype)
+    taken = as_floats(pool.at[page].get(mode="clip"))
+  else:
+    # As integers, and inside the loop: XLA's CPU compiler would otherwise make
+    # a float32 copy of the whole of a bfloat16 pool.
+    pool, page = jax.lax.optimization_barrier((pool, page))
+    bits = jnp.dtype(f"uint{8 * pool.dtype.itemsize}")
+    taken = jax.lax.bitcast_convert_type(pool, bits).at[page].get(mode="clip")
+    taken = jax.lax.bitcast_convert_type(taken, pool.dtype)
   return taken.reshape(page.shape[0], -1, pool.shape[2])
 
 

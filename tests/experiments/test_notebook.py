@@ -10,6 +10,8 @@ import nbclient
 import nbformat
 import pytest
 
+from tests.experiments.processes import one_device
+
 ROOT = pathlib.Path(__file__).parents[2]
 NOTEBOOK = ROOT / "experiments/notebooks/moh_quickstart.ipynb"
 
@@ -43,7 +45,8 @@ def test_runs_from_top_to_bottom(tmp_path, monkeypatch):
   monkeypatch.setenv("QUICKSTART_STEPS", "2")
   monkeypatch.setenv("QUICKSTART_DATA", str(text))
   monkeypatch.setenv("PYTHONPATH", str(ROOT))
-  monkeypatch.setenv("XLA_FLAGS", "")  # one device, less to compile
+  for name, value in one_device().items():
+    monkeypatch.setenv(name, value)
   monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
   monkeypatch.setenv("JUPYTER_RUNTIME_DIR", str(tmp_path / "jupyter"))
   monkeypatch.delenv("COLAB_RELEASE_TAG", raising=False)

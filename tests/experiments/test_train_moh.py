@@ -13,18 +13,16 @@ import pytest
 
 from jaxheads.training.checkpoint import saved_steps
 from jaxheads.training.metrics import read_metrics
+from tests.experiments.processes import one_device
 from tests.training import small
 
 pytestmark = pytest.mark.slow
 
 ROOT = pathlib.Path(__file__).parents[2]
 # One device: the promise is bit for bit there, and starting is quicker.
-ENVIRONMENT = os.environ | {
-  "JAX_PLATFORMS": "cpu",
-  "XLA_FLAGS": "",
-  "PYTHONPATH": str(ROOT),
-  "COLUMNS": "60",
-}
+ENVIRONMENT = (
+  os.environ | one_device() | {"PYTHONPATH": str(ROOT), "COLUMNS": "60"}
+)
 STEPS = 60
 TIMEOUT_S = 240
 # For a night: JAXHEADS_KILLS=100 python -m pytest tests/experiments

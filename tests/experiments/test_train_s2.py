@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from tests.experiments.processes import one_device
 from tests.training import small
 
 pytestmark = pytest.mark.slow
@@ -27,8 +28,7 @@ def test_smoke_run_with_its_dense_baseline(tmp_path):
     capture_output=True,
     text=True,
     timeout=300,
-    env=os.environ
-    | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "PYTHONPATH": str(ROOT)},
+    env=os.environ | one_device() | {"PYTHONPATH": str(ROOT)},
   )
   assert finished.returncode == 0, finished.stderr
   summary = json.loads((out / "summary.json").read_text())

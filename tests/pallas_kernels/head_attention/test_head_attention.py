@@ -178,7 +178,7 @@ def cases(draw_from, name):
   ("name", "examples"),
   [
     pytest.param("reference", 4),
-    pytest.param("xla", 8),
+    pytest.param("xla", 6),
     pytest.param("mosaic_tpu", 10, marks=pytest.mark.exhaustive),
     pytest.param("triton", 10, marks=pytest.mark.exhaustive),
   ],

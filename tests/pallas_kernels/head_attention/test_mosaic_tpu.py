@@ -127,7 +127,7 @@ def test_no_races_and_nothing_uninitialised_is_read(pattern, capsys):
     # Whose steps come back to the one query tile at once, after two and after
     # three.
     pytest.param(6, id="one member"),
-    pytest.param(3, id="two members"),
+    pytest.param(3, id="two members", marks=pytest.mark.exhaustive),
     pytest.param(2, id="three members"),
   ],
 )
@@ -168,7 +168,11 @@ def test_a_race_would_be_seen(capsys):
   "pattern",
   [
     pytest.param(strided(0, 0, 0, 0), id="one row a group"),
-    pytest.param(strided(0, 0, 1, 1), id="two residues in a group"),
+    pytest.param(
+      strided(0, 0, 1, 1),
+      id="two residues in a group",
+      marks=pytest.mark.exhaustive,
+    ),
     pytest.param(strided(3, 1, 0, 2), id="a residue each"),
     pytest.param(strided(0, 1, 1, 1), id="rows of two sizes"),
     pytest.param(

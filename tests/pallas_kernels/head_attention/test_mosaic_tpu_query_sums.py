@@ -96,26 +96,35 @@ def expected(start, q_tiles, call):
   return sums
 
 
+MODES = {
+  "late copies": {},
+  "early copies": {"dma_execution_mode": "eager"},
+  "two cores": {"num_cores_or_threads": 2},
+}
+STEPS = {
+  "one step": ([0], 1, 1),
+  "after one step": ([0, 0, 0, 0, 0], 2, 1),
+  "after two steps": ([0, 1, 0, 1, 0], 2, 1),
+  "after three steps": ([0, 1, 2, 0, 1, 2, 0], 2, 1),
+  "causal": ([3, 2, 1, 0, 3, 2, 1, 3, 2, 3], 1, 1),
+  "mixed": ([0, 0, 1, 1, 1, 0, 2, 0, 0, 1, 2, 2], 1, 1),
+  "two members": ([0, 0, 0, 1, 0], 2, 2),
+  "three members": ([1, 1, 0, 1], 2, 3),
+}
+
+
+def steps():
+  """Copies early and late in every case; cores share rows in three of them."""
+  for name, case in STEPS.items():
+    for mode, changes in MODES.items():
+      shared = ("after three steps", "mixed", "three members")
+      later = mode == "two cores" and name not in shared
+      marks = [pytest.mark.exhaustive] if later else []
+      yield pytest.param(*case, changes, id=f"{name}-{mode}", marks=marks)
+
+
 @pytest.mark.parametrize(
-  "changes",
-  [
-    pytest.param({}, id="late copies"),
-    pytest.param({"dma_execution_mode": "eager"}, id="early copies"),
-    pytest.param({"num_cores_or_threads": 2}, id="two cores"),
-  ],
-)
-@pytest.mark.parametrize(
-  ("q_tiles", "rows", "members"),
-  [
-    pytest.param([0], 1, 1, id="one step"),
-    pytest.param([0, 0, 0, 0, 0], 2, 1, id="after one step"),
-    pytest.param([0, 1, 0, 1, 0], 2, 1, id="after two steps"),
-    pytest.param([0, 1, 2, 0, 1, 2, 0], 2, 1, id="after three steps"),
-    pytest.param([3, 2, 1, 0, 3, 2, 1, 3, 2, 3], 1, 1, id="causal"),
-    pytest.param([0, 0, 1, 1, 1, 0, 2, 0, 0, 1, 2, 2], 1, 1, id="mixed"),
-    pytest.param([0, 0, 0, 1, 0], 2, 2, id="two members"),
-    pytest.param([1, 1, 0, 1], 2, 3, id="three members"),
-  ],
+  ("q_tiles", "rows", "members", "changes"), list(steps())
 )
 def test_every_step_is_added_once(q_tiles, rows, members, changes, capsys):
   call = make_call(q_tiles, rows, members)

@@ -4,6 +4,7 @@ import dataclasses
 
 import hypothesis
 import hypothesis.strategies as st
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -49,6 +50,16 @@ def test_equals_softmax_over_the_row(
   got = run(implementation, arrays, table, seen=seen)
   want = expected(arrays[0], rows, seen)
   np.testing.assert_allclose(got, want, atol=FORWARD)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_bfloat16_by_its_bits(implementation):
+  """As CPUs update it in place; short pages, several a step."""
+  (q, *pool), table, _ = draw(4, [45, 7, 0, 8], dtype=jnp.bfloat16)
+  bits = [jax.lax.bitcast_convert_type(x, jnp.uint16) for x in pool]
+  want = run(implementation, (q, *pool), table)
+  got = run(implementation, (q, *bits), table)
+  np.testing.assert_array_equal(got, want)
 
 
 def test_nothing_is_read_of_rows_of_no_tokens():
