@@ -47,7 +47,7 @@ class BenchConfig:
   """Tokens of a prompt."""
   batches: tuple[int, ...] = (1, 8)
   """Sequences of a step."""
-  budgets: tuple[float, ...] = (1.0, 0.6, 0.4)
+  budgets: tuple[float, ...] = (1.0, 0.4)
   """Fractions of the cache to keep; others are compared to the first."""
   policy: str = "task_kv"
   """What heads keep; see `jaxheads.kvcache.names.POLICIES`."""
@@ -65,7 +65,7 @@ class BenchConfig:
   """Tokens of a page; the engine's choice by default."""
   steps: int = 8
   """Steps of a timed run."""
-  rounds: int = 7
+  rounds: int = 11
   """Timed runs of every budget."""
   json: pathlib.Path | None = None
   """Where to write the figures as JSON."""
@@ -165,7 +165,7 @@ def _model(config: BenchConfig, max_seq_len: int) -> DecoderLM:
     vocab_size=512,
     num_layers=config.layers,
     embed_dim=width,
-    mlp_dim=4 * width,
+    mlp_dim=round(8 * width / 3),  # As LLaMA's.
     num_heads=config.heads,
     num_kv_heads=config.kv_heads,
     head_dim=config.head_dim,
