@@ -125,6 +125,7 @@ def _measure(
   def step(engine: Engine) -> None:
     for _ in range(config.steps):
       engine.step()
+    engine.wait()  # The device is a turn behind.
 
   times, reasons = interleave(
     {name: functools.partial(step, engine) for name, engine in engines.items()},

@@ -145,6 +145,10 @@ class Device:
       array.copy_to_host_async()
     return outputs
 
+  def wait(self) -> None:
+    """Returns when all turns are done."""
+    jax.block_until_ready(self._state)
+
   def compile_all(self) -> None:
     """Compiles whatever `run` may need."""
     known = self._policy.knows_lengths

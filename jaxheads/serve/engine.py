@@ -288,6 +288,10 @@ class Engine:
       self._flight = _Flight(turn, outputs)
     return events
 
+  def wait(self) -> None:
+    """Returns when the device has done all that it was given, for timing."""
+    self._device.wait()
+
   def generate(self, requests: Iterable[Request]) -> dict[str, list[Event]]:
     """Serves requests to their end; what `submit` and `step` do, in a loop.
 
