@@ -26,6 +26,7 @@ import tyro
 
 from experiments._kv_eval_methods import Settings
 from jaxheads.errors import UserError, one_line_errors
+from jaxheads.training.command_line import chosen_preset
 from jaxheads.training.config import (
   CheckpointOptions,
   EvaluationOptions,
@@ -179,16 +180,7 @@ class Command:
 def parse(argv: list[str] | None = None) -> Command:
   """The command that the arguments make; `UserError` if they do not fit."""
   argv = sys.argv[1:] if argv is None else argv
-  preset = Command.preset
-  for index, argument in enumerate(argv):
-    if argument == "--preset":
-      preset = argv[index + 1] if index + 1 < len(argv) else ""
-    elif argument.startswith("--preset="):
-      preset = argument.partition("=")[2]
-  if preset not in PRESETS:
-    raise UserError(
-      f"`--preset` must be one of {', '.join(PRESETS)}, got {preset!r}"
-    )
+  preset = chosen_preset(argv, PRESETS, Command.preset)
   return tyro.cli(
     Command,
     args=argv,

@@ -7,7 +7,7 @@ import io
 import pathlib
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Annotated
 
 import tyro
@@ -198,3 +198,24 @@ def _first_section(box: str, prog: str) -> str:
     if flags:
       message += f", did you mean `{flags[0]}`?"
   return f"{message.rstrip('.')} (see {prog} --help)"
+
+
+def chosen_preset(
+  argv: Sequence[str], presets: Collection[str], default: str
+) -> str:
+  """What `--preset` says: it decides what the other flags start from.
+
+  Raises:
+    UserError: There is no such preset.
+  """
+  preset = default
+  for index, argument in enumerate(argv):
+    if argument == "--preset":
+      preset = argv[index + 1] if index + 1 < len(argv) else ""
+    elif argument.startswith("--preset="):
+      preset = argument.partition("=")[2]
+  if preset not in presets:
+    raise UserError(
+      f"`--preset` must be one of {', '.join(presets)}, got {preset!r}"
+    )
+  return preset
