@@ -116,7 +116,7 @@ def _read(
     return _attention(q, [(k, v, causal[None, None])]), Cached(q, k, v)
 
   x, cached = _layers(model, tokens, jnp.int32(0), attend, None)
-  return cached, model._logits(model.norm(x[:, -1:]))[:, 0]
+  return cached, model.logits(x[:, -1:])[:, 0]
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -137,7 +137,7 @@ def _answer(
     return _attention(q, parts), None
 
   x, _ = _layers(model, tokens, start, attend, (cached, keep))
-  return model._logits(model.norm(x))
+  return model.logits(x)
 
 
 @jax.jit

@@ -35,14 +35,14 @@ _CHOSEN = "chosen by the implementation"
 def head_program(flags: argparse.Namespace) -> Program:
   """Attention of all heads, each with its context."""
   q, kv = _queries_and_keys(flags)
-  tiling = _tiling(flags)
+  pattern, tiling = _pattern(flags), _tiling(flags)
 
   def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     return head_attention(
       q,
       k,
       v,
-      pattern=_pattern(flags),
+      pattern=pattern,
       tiling=tiling,
       implementation=flags.implementation,
     )
@@ -56,6 +56,7 @@ def head_program(flags: argparse.Namespace) -> Program:
 def routed_program(flags: argparse.Namespace) -> Program:
   """Attention of the packed rows of half of the heads."""
   q, kv = _queries_and_keys(flags)
+  pattern = _pattern(flags)
   with tracing_for(find(flags.chip)):
     tiling = default_tiling(flags.seq_len, flags.seq_len, 0.5)
   num_active = max(1, flags.heads // 2)
@@ -74,7 +75,7 @@ def routed_program(flags: argparse.Namespace) -> Program:
       k,
       v,
       packing,
-      pattern=_pattern(flags),
+      pattern=pattern,
       tiling=tiling,
       implementation=flags.implementation,
     )

@@ -30,7 +30,7 @@ def model():
     "page_size": (-4, 0, 2.5),
     "chunk": (-1, 0, 1, 4.5),
     "prefix_sharing": (True,),
-    "dtype": ("nonsense", "int8", "int32", bool, "complex64"),
+    "dtype": ("nonsense", "int4", "int32", bool, "complex64"),
   }.items(),
 )
 def test_sizes(model, name, values):
