@@ -15,8 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxheads.kvcache import CacheShape, LayerWindow, Policy, reread_scores
 from jaxheads.kvcache.window import over_group, window_attention
-from jaxheads.models import DecoderLM
-from jaxheads.rope import apply_rope
+from jaxheads.models import DecoderBlock, DecoderLM
 
 # Finite; every token sees at least itself.
 _HIDDEN = -1e30
@@ -185,25 +184,25 @@ def _layers(
   model: DecoderLM, tokens: Array, start: Array, attend: Any, per_layer: Any
 ) -> tuple[Float[Array, "B T D"], Any]:
   """Runs all layers; `attend` gives a layer's heads, and something to keep."""
-  config = model.config
-  stack = _only_stack(model)
-  graphdef, state = nnx.split(stack)
   positions = jnp.broadcast_to(
     start + jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape
   )
 
-  def layer(x: Array, inputs: Any) -> tuple[Array, Any]:
-    block = nnx.merge(graphdef, inputs[0])
+  def layer(block: DecoderBlock, x: Array, inputs: Any) -> tuple[Array, Any]:
     normed = block.attention_norm(x)
-    q, k = (
-      apply_rope(project(normed), positions, theta=config.rope_theta)
-      for project in (block.attention.query, block.attention.key)
-    )
-    heads, found = attend(q, k, block.attention.value(normed), inputs[1])
-    x = x + block.attention.out(heads)
-    return x + block.mlp(block.mlp_norm(x)), found
+    k, v = block.attention.project_kv(normed, positions)
+    found = []
 
-  return jax.lax.scan(layer, model.embedding(tokens), (state, per_layer))
+    def read(q: Array, chosen: Array | None) -> Array:
+      assert chosen is None  # The models here route no heads.
+      heads, kept = attend(q, k, v, inputs)
+      found.append(kept)
+      return heads
+
+    x = x + block.attention.attend_with(normed, positions, read)
+    return x + block.mlp(block.mlp_norm(x)), found[0]
+
+  return model.scan_layers(layer, model.embedding(tokens), per_layer)
 
 
 def _attention(
