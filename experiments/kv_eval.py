@@ -280,11 +280,11 @@ def train(
   import jax
   from flax import nnx
 
-  from jaxheads.data import NEEDLE_VOCAB_SIZE, NeedleBatches
+  from jaxheads.data import NEEDLE_VOCAB_SIZE
   from jaxheads.models import DecoderLM
   from jaxheads.training import devices, fit, signals
   from jaxheads.training.checkpoint import saved_steps
-  from jaxheads.training.retrieval import Retrieval
+  from jaxheads.training.retrieval import retrieval_data
 
   stages = curriculum(evaluation)
   longest = max(*evaluation.lengths, 2 * evaluation.length)
@@ -302,23 +302,6 @@ def train(
     evaluation=EvaluationOptions(every=max(1, steps // 12)),
     checkpoint=evaluation.checkpoint,
   )
-
-  def make_data(
-    graphdef: nnx.GraphDef[Any], mesh: jax.sharding.Mesh
-  ) -> tuple[NeedleBatches, Retrieval]:
-    batches = NeedleBatches(
-      stages,
-      tokens_per_step=evaluation.tokens_per_step,
-      seed=seed,
-      row_multiple=mesh.size,
-    )
-    return batches, Retrieval(
-      graphdef,
-      tokens_per_batch=8 * evaluation.tokens_per_step,
-      mesh=mesh,
-      samples=96,
-      stage_at=batches.stage_at,
-    )
 
   resume = folder.holds_run
   newest = max(saved_steps(folder.checkpoints), default=0)
@@ -345,7 +328,13 @@ def train(
       name=f"seed {seed}",
       reporter=reporter,
       build_model=lambda rngs: DecoderLM(model_config, rngs=rngs),
-      make_data=make_data,
+      make_data=retrieval_data(
+        stages,
+        tokens_per_step=evaluation.tokens_per_step,
+        seed=seed,
+        tokens_per_batch=8 * evaluation.tokens_per_step,
+        samples=96,
+      ),
       resume=resume,
       mesh=mesh,
       stop=stop,

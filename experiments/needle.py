@@ -336,12 +336,10 @@ def train_and_ask(
   import time
 
   import jax
-  from flax import nnx
 
-  from jaxheads.data import NeedleBatches
   from jaxheads.models import DecoderLM
   from jaxheads.training import devices, fit, signals
-  from jaxheads.training.retrieval import Retrieval
+  from jaxheads.training.retrieval import retrieval_data
 
   longest = max(needle.lengths)
   steps = needle.copy_steps + sum(needle.steps)
@@ -356,23 +354,6 @@ def train_and_ask(
     checkpoint=needle.checkpoint,
   )
 
-  def make_data(
-    graphdef: nnx.GraphDef[Any], mesh: jax.sharding.Mesh
-  ) -> tuple[NeedleBatches, Retrieval]:
-    batches = NeedleBatches(
-      stages,
-      tokens_per_step=needle.tokens_per_step,
-      seed=needle.seed,
-      row_multiple=mesh.size,
-    )
-    return batches, Retrieval(
-      graphdef,
-      tokens_per_batch=4 * needle.tokens_per_step,
-      mesh=mesh,
-      samples=50,
-      stage_at=batches.stage_at,
-    )
-
   started = time.monotonic()
   resume = resume and folder.holds_run
   if not resume:
@@ -386,7 +367,13 @@ def train_and_ask(
       name=name,
       reporter=reporter,
       build_model=lambda rngs: DecoderLM(model_config, rngs=rngs),
-      make_data=make_data,
+      make_data=retrieval_data(
+        stages,
+        tokens_per_step=needle.tokens_per_step,
+        seed=needle.seed,
+        tokens_per_batch=4 * needle.tokens_per_step,
+        samples=50,
+      ),
       resume=resume,
       mesh=mesh,
       stop=stop,

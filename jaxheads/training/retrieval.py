@@ -14,7 +14,13 @@ from jax.sharding import Mesh
 from jaxtyping import Float
 from matplotlib.figure import Figure
 
-from jaxheads.data import EVALUATION_SEED, Stage, Task, needle_batch
+from jaxheads.data import (
+  EVALUATION_SEED,
+  NeedleBatches,
+  Stage,
+  Task,
+  needle_batch,
+)
 from jaxheads.training import devices, figures
 from jaxheads.training.losses import token_nats
 from jaxheads.training.step import TrainState
@@ -158,6 +164,44 @@ class Retrieval:
         for length in lengths
       ]
     )
+
+
+def retrieval_data(
+  stages: Sequence[Stage],
+  *,
+  tokens_per_step: int,
+  seed: int,
+  tokens_per_batch: int,
+  samples: int,
+) -> Callable[[nnx.GraphDef[Any], Mesh], tuple[NeedleBatches, Retrieval]]:
+  """What `fit` takes as `make_data`: batches of the stages, and questions.
+
+  Args:
+    stages: What is trained, see `jaxheads.data.NeedleBatches`.
+    tokens_per_step: Of a batch of them.
+    seed: Of the examples.
+    tokens_per_batch: Of questions that are asked at once.
+    samples: Questions of an evaluation while training.
+  """
+
+  def make_data(
+    graphdef: nnx.GraphDef[Any], mesh: Mesh
+  ) -> tuple[NeedleBatches, Retrieval]:
+    batches = NeedleBatches(
+      stages,
+      tokens_per_step=tokens_per_step,
+      seed=seed,
+      row_multiple=mesh.size,
+    )
+    return batches, Retrieval(
+      graphdef,
+      tokens_per_batch=tokens_per_batch,
+      mesh=mesh,
+      samples=samples,
+      stage_at=batches.stage_at,
+    )
+
+  return make_data
 
 
 def _make_answers(graphdef: nnx.GraphDef[Any]) -> Callable[..., Any]:
