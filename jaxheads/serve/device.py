@@ -319,10 +319,12 @@ class _Program:
     self, state: State, *args: Any, **settings: Any
   ) -> Callable[..., Any]:
     """Compiles for arguments of these shapes, unless that has been done."""
-    leaves, tree = jax.tree.flatten((self._variables, state, *args))
-    key = (tuple(map(_abstract, leaves)), tree, tuple(settings.items()))
+    # Every turn comes by here: the model and the state have always one size.
+    named = tuple(settings.items())
+    key = (*_sizes(args), named)
     if key not in self._compiled:
-      self._compiled[key] = _compile(self._run, self._graphdef, *key)
+      whole = _sizes((self._variables, state, *args))
+      self._compiled[key] = _compile(self._run, self._graphdef, *whole, named)
     return self._compiled[key]
 
   def __call__(self, state: State, *args: Any, **settings: Any) -> Any:
@@ -346,10 +348,16 @@ def _compile(
   return jitted.lower(*tree.unflatten(leaves)).compile()
 
 
-def _abstract(x: Any) -> jax.ShapeDtypeStruct:
-  return jax.ShapeDtypeStruct(
-    x.shape, x.dtype, sharding=getattr(x, "sharding", None)
+def _sizes(args: Any) -> tuple[tuple[jax.ShapeDtypeStruct, ...], Any]:
+  """Shapes, dtypes and places of all leaves, and the tree they hang on."""
+  leaves, tree = jax.tree.flatten(args)
+  abstract = (
+    jax.ShapeDtypeStruct(
+      x.shape, x.dtype, sharding=getattr(x, "sharding", None)
+    )
+    for x in leaves
   )
+  return tuple(abstract), tree
 
 
 def _prompt(
