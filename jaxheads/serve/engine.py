@@ -23,8 +23,8 @@ from jaxheads.serve.scheduler import Scheduler
 from jaxheads.serve.turn import Turn
 from pallas_kernels import platform
 
-# Tokens of a page at most: larger ones are read hardly faster (on a CPU, pages
-# of 128 tokens take 0.86 of the time of 64, pages of 256 0.78).
+# Tokens of a page at most: larger ones are read hardly faster, see
+# `experiments/bench_decode.py --page-size`.
 _PAGE_SIZES = {"cpu": 128, "gpu": 64, "tpu": 128}
 # Pages of the longest row at least, so that budgets are not lost in rounding.
 _LEAST_PAGES = 32
