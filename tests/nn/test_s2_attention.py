@@ -15,6 +15,7 @@ from jaxheads.nn import (
   HeadAttention,
   MoHAttention,
   S2Attention,
+  _attention,
   _patterned,
   attention_fn,
   auxiliary_loss,
@@ -409,3 +410,34 @@ def test_attention_fn_refuses_what_it_cannot_honour():
   # Dropout that is switched off is no dropout.
   quiet = flax_layer(STRIDED, dropout_rate=0.5, deterministic=True)
   oracles.assert_close(quiet(x), flax_layer(STRIDED)(x), FORWARD)
+
+
+def test_so_many_weights_that_a_cpu_does_not_keep_them(monkeypatch):
+  """All heads on: the kernels, as accelerators take them, change nothing."""
+  layer = HeadAttention(
+    4, in_features=16, num_kv_heads=2, rope_theta=1e4, rngs=nnx.Rngs(0)
+  )
+  x = jax.random.normal(jax.random.key(1), (2, 24, 16))
+
+  def loss(layer, x):
+    return (layer(x, is_causal=True) ** 2).sum()
+
+  def both():
+    state = nnx.grad(loss)(layer, x)
+    return layer(x, is_causal=True), jax.tree.leaves(state)
+
+  few, grads = both()
+  called = []
+  kernels = _attention.patterned_attention
+
+  def noted(**arguments):
+    called.append(True)
+    return kernels(**arguments)
+
+  monkeypatch.setattr(_attention, "patterned_attention", noted)
+  monkeypatch.setattr(_attention, "_MANY_WEIGHTS", 1)
+  many, same_grads = both()
+  assert called
+  np.testing.assert_allclose(many, few, atol=FORWARD)
+  for got, want in zip(same_grads, grads, strict=True):
+    np.testing.assert_allclose(got, want, atol=GRADIENT)
