@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from jaxheads.head_order import HeadOrder, inverse, take
 from jaxheads.moh._config import MoHConfig
 from pallas_kernels.packing import check_active
 from pallas_kernels.shapes import check_shape
@@ -213,6 +214,7 @@ def route_by_query_norm(
   config: MoHConfig,
   *,
   token_mask: Bool[Array, "B T"] | None = None,
+  head_order: HeadOrder | None = None,
 ) -> Routing:
   """Heads by the largest query norms; gates are 1, with a surrogate gradient.
 
@@ -225,6 +227,8 @@ def route_by_query_norm(
     q: Queries of all heads, before or after RoPE (which keeps norms).
     config: Heads of the layer, `router="query_norm"`.
     token_mask: True for real tokens; padding activates no head.
+    head_order: Which head each of the queries is of; `None` is head 0, 1, ...
+      The routing is in the heads' own order.
 
   Raises:
     ValueError: `config` asks for another router or another head count, or `q`
@@ -246,8 +250,11 @@ def route_by_query_norm(
   check_shape("q", q, "B T N H", sizes)
   check_shape("token_mask", token_mask, "B T", sizes)
   _check_finite("q", q, token_mask)
-  routed_q = q[..., config.num_shared :, :].astype(jnp.float32)
-  square = jnp.sum(routed_q * routed_q, axis=-1)
+  if head_order is None:
+    q = q[..., config.num_shared :, :]
+  square = jnp.sum(jnp.square(q.astype(jnp.float32)), axis=-1)
+  if head_order is not None:  # Of the norms: queries may be on many devices.
+    square = take(square, inverse(head_order)[config.num_shared :], axis=-1)
   # The square root has an infinite slope at 0.
   norms = jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), 0)
   probs = jax.nn.softmax(norms / _std(norms)) if config.routes else norms
