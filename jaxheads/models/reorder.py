@@ -12,17 +12,8 @@ from jaxheads import head_order
 from jaxheads.head_order import HeadOrder
 from jaxheads.models.config import ModelConfig
 from jaxheads.models.decoder import DecoderLM
+from jaxheads.sharding.rules import parameter_axes
 
-# The axis of heads, counted from the last, by the last names of a parameter.
-# What optimizers keep of a parameter ends in the same names.
-_HEAD_AXES = {
-  **{
-    (name, kind): -2
-    for name in ("query", "key", "value")
-    for kind in ("kernel", "bias")
-  },
-  ("out", "kernel"): -3,
-}
 _IN_STACK = re.compile(r"((?:.*/)?stacks/)(\d+)/(.+)")
 
 
@@ -97,7 +88,7 @@ def is_moved(path: str, before: ModelConfig, after: ModelConfig) -> bool:
   same_stacks = [s[:2] for s in _stacks(before)] == [
     s[:2] for s in _stacks(after)
   ]
-  return not same_stacks or _head_axis(match[3]) is not None
+  return not same_stacks or _head_axis(path) is not None
 
 
 def reordered(model: DecoderLM, config: ModelConfig) -> DecoderLM:
@@ -124,21 +115,26 @@ def _stacks(config: ModelConfig) -> list[_Stack]:
   return stacks
 
 
-def _head_axis(name: str) -> int | None:
-  _, owner, kind = f"//{name}".rsplit("/", 2)
-  return _HEAD_AXES.get((owner, kind))
+def _head_axis(path: str) -> tuple[int, str] | None:
+  """Which axis, from the last, is one of heads; and of which, if any is."""
+  axes = parameter_axes(path) or ()
+  for index, axis in enumerate(axes):
+    if axis in ("heads", "kv_heads"):
+      return index - len(axes), axis
+  return None
 
 
 def _move(
   array: Any, name: str, old: _Stack, new: _Stack, config: ModelConfig
 ) -> Any:
   """One stack's array, its heads from the old to the new places."""
-  axis = _head_axis(name)
-  if axis is None or old.head_order == new.head_order:
+  found = _head_axis(name)
+  if found is None or old.head_order == new.head_order:
     return array
+  axis, kind = found
   own = tuple(range(config.num_heads))
   orders = [old.head_order or own, new.head_order or own]
-  if name.split("/")[-2] in ("key", "value"):
+  if kind == "kv_heads":
     orders = [
       head_order.of_kv_heads(order, config.num_kv_heads) for order in orders
     ]
