@@ -17,6 +17,7 @@ from jaxtyping import Float, Int
 
 from jaxheads import head_order
 from jaxheads.s2 import Pattern
+from jaxheads.sharding.mesh import MeshShape
 from pallas_kernels.head_attention import Rule
 
 if TYPE_CHECKING:
@@ -143,6 +144,16 @@ def place(
     order = head_order.of_groups(groups, group_size)
     orders += [order] * run.num_layers
   return dataclasses.replace(config, head_orders=tuple(orders))
+
+
+def head_shards(config: "ModelConfig", shape: MeshShape) -> int:
+  """Parts that `shape` splits heads into.
+
+  Devices along `context` exchange tokens for heads where that divides; if the
+  parts of both axes are equal, so are those of `heads` alone.
+  """
+  both = shape.heads * shape.context
+  return shape.heads if config.num_kv_heads % both else both
 
 
 def group_work(

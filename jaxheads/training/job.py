@@ -13,7 +13,7 @@ from jaxheads.data import Corpus, Tokenizer, load_corpus, load_tokenizer
 from jaxheads.errors import UserError
 from jaxheads.models import ModelConfig
 from jaxheads.moh import explain_execution
-from jaxheads.sharding import MeshShape, parse_mesh
+from jaxheads.sharding import MeshShape, parse_mesh, placement
 from jaxheads.training import artefacts, console, devices, signals
 from jaxheads.training.checkpoint import quiet_storage, storage_reason
 from jaxheads.training.command_line import Request
@@ -87,6 +87,11 @@ def _run(request: Request, reporter: Reporter) -> None:
   if any(model_config.head_plans):
     execution = _describe_execution(model_config, config.seq_len)
     reporter.say(f"execution  {execution}")
+  shards = placement.head_shards(model_config, mesh_shape)
+  if shards > 1:
+    placed = placement.place(model_config, shards, config.seq_len)
+    balance = placement.report(placed, shards, config.seq_len)
+    reporter.say(f"placement  {balance}")
   corpus = load_corpus(
     config.data,
     tokenizer=tokenizer,

@@ -11,6 +11,7 @@ from jaxheads.data import Corpus, Loader, Tokenizer, make_loader
 from jaxheads.errors import UserError
 from jaxheads.models import DecoderLM, ModelConfig
 from jaxheads.sharding import MeshShape, check_heads, make_mesh, parse_mesh
+from jaxheads.sharding.placement import head_shards, place
 from jaxheads.training import artefacts, devices, signals
 from jaxheads.training.config import TrainConfig
 from jaxheads.training.console import Reporter
@@ -39,7 +40,8 @@ def train(
   Args:
     config: Steps, batches, optimizer and intervals; its `model` and
       `baseline` parts are not read.
-    model_config: Handed to `build_model`.
+    model_config: Handed to `build_model`, its heads placed so that the devices
+      that share them have equal work.
     run: Where the artefacts go; made by the caller.
     corpus, tokenizer: What to learn from.
     reporter: Shows progress.
@@ -57,7 +59,10 @@ def train(
       disk is full, or the loss is not finite.
     Interrupted: SIGTERM or Ctrl-C came; the state is saved.
   """
+  mesh_shape = mesh_shape or parse_mesh(None, jax.device_count())
   mesh = check_sizes(config, model_config, mesh_shape)
+  shards = head_shards(model_config, mesh_shape)
+  placed_config = place(model_config, shards, config.seq_len)
 
   def make_data(
     graphdef: nnx.GraphDef[Any], mesh: Mesh
@@ -83,11 +88,11 @@ def train(
     with jax.set_mesh(mesh):
       graphdef, state, evaluator = fit(
         config,
-        model_config,
+        placed_config,
         run,
         name=artefacts.label(model_config),
         reporter=reporter,
-        build_model=lambda rngs: build_model(model_config, rngs=rngs),
+        build_model=lambda rngs: build_model(placed_config, rngs=rngs),
         make_data=make_data,
         resume=resume,
         mesh=mesh,
@@ -106,7 +111,7 @@ def train(
 
 
 def check_sizes(
-  config: TrainConfig, model_config: ModelConfig, shape: MeshShape | None
+  config: TrainConfig, model_config: ModelConfig, shape: MeshShape
 ) -> Mesh:
   """The mesh of all devices, if all sizes fit it; `UserError` otherwise."""
   if config.seq_len > model_config.max_seq_len:
@@ -115,7 +120,6 @@ def check_sizes(
       f"({model_config.max_seq_len}), got {config.seq_len}; lower it or raise "
       "`--model.max-seq-len`"
     )
-  shape = shape or parse_mesh(None, jax.device_count())
   check_heads(model_config.num_heads, model_config.num_kv_heads, shape.heads)
   mesh = make_mesh(shape)
   devices.check_batch_size(
