@@ -48,11 +48,8 @@ def test_layers_are_alike_if_their_orders_are():
   assert OWN.stored_contexts == OWN.contexts
 
 
-@pytest.mark.parametrize(
-  "config",
-  [pytest.param(ALIKE, marks=pytest.mark.exhaustive), PARTED],
-  ids=["alike", "parted"],
-)
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("config", [ALIKE, PARTED], ids=["alike", "parted"])
 def test_a_reordered_model_is_the_same_function(config):
   own = small_model(OWN)
   stored = reordered(own, config)
@@ -88,6 +85,7 @@ def test_from_one_order_to_another_without_the_own_one_between():
     np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.exhaustive
 def test_a_seed_makes_the_same_function_in_any_order():
   own, stored = (DecoderLM(c, rngs=nnx.Rngs(3)) for c in (OWN, ALIKE))
   for a, b in zip(

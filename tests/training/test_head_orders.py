@@ -10,6 +10,7 @@ from flax import nnx
 from jaxheads import s2
 from jaxheads.models import DecoderLM, ModelConfig
 from jaxheads.moh import MoHConfig
+from jaxheads.sharding import shardings
 from jaxheads.training import OptimizerOptions, RunFolder, devices, optimizer
 from jaxheads.training.checkpoint import (
   Checkpointer,
@@ -26,25 +27,35 @@ SHARDED = s2.strided(
 )
 OWN = ModelConfig(
   vocab_size=runs.VOCAB,
-  num_layers=4,
+  num_layers=3,
   embed_dim=8,
   mlp_dim=16,
   num_heads=8,
   num_kv_heads=4,
   head_dim=4,
   max_seq_len=runs.LENGTH,
-  head_plans=(ROUTED, ROUTED, None, None),
-  contexts=(None, None, SHARDED, SHARDED),
+  head_plans=(ROUTED, ROUTED, None),
+  contexts=(None, None, SHARDED),
   execution="dense",
 )
 FIRST = dataclasses.replace(
   OWN,
-  head_orders=((0, 1, 4, 5, 2, 3, 6, 7),) * 2 + ((2, 3, 6, 7, 4, 5, 0, 1),) * 2,
+  head_orders=((0, 1, 4, 5, 2, 3, 6, 7),) * 2 + ((2, 3, 6, 7, 4, 5, 0, 1),),
 )
 # The two routed layers are stored apart.
 PARTED = dataclasses.replace(
-  OWN, head_orders=((6, 7, 0, 1, 2, 3, 4, 5), None, None, None)
+  OWN, head_orders=((6, 7, 0, 1, 2, 3, 4, 5), None, None)
 )
+
+
+TRANSFORM = optimizer.build(OptimizerOptions(warmup_steps=0), 100)
+
+
+def fresh(config, mesh):
+  """A graph and its state."""
+  return init_state(
+    lambda rngs: DecoderLM(config, rngs=rngs), TRANSFORM, seed=0, mesh=mesh
+  )
 
 
 class Training:
@@ -53,16 +64,10 @@ class Training:
   def __init__(self, config, **axes):
     self.config = config
     self.mesh = runs.mesh_of(**axes)
-    transform = optimizer.build(OptimizerOptions(warmup_steps=0), 100)
     with jax.set_mesh(self.mesh):
-      graphdef, self.state = init_state(
-        lambda rngs: DecoderLM(config, rngs=rngs),
-        transform,
-        seed=0,
-        mesh=self.mesh,
-      )
+      graphdef, self.state = fresh(config, self.mesh)
       self.step = make_train_step(
-        graphdef, transform, aux_weight=0.1, like=self.state
+        graphdef, TRANSFORM, aux_weight=0.1, like=self.state
       )
 
   def losses(self, first, last):
@@ -179,11 +184,26 @@ def test_parameters_and_what_optimizers_keep_of_them_move(own, saved):
 
 def test_layers_that_are_alike_no_more_get_stacks_of_their_own(own, saved):
   own[0].restore(saved[0].checkpoints)
-  parted = Training(PARTED, fsdp=2, heads=2)
-  parted.restore(saved[0].checkpoints)
+  mesh = runs.mesh_of(fsdp=2, heads=2)
+  like = jax.eval_shape(lambda: fresh(PARTED, mesh)[1])
+  like = jax.tree.map(
+    lambda leaf, where: jax.ShapeDtypeStruct(
+      leaf.shape, leaf.dtype, sharding=where
+    ),
+    like,
+    shardings(like, mesh),
+  )
+  restored = restore_newest(
+    saved[0].checkpoints, like, model_config=PARTED, say=print
+  )
+  for leaf, expected in zip(
+    jax.tree.leaves(restored.state), jax.tree.leaves(like), strict=True
+  ):
+    assert leaf.shape == expected.shape
+    assert leaf.sharding.is_equivalent_to(expected.sharding, leaf.ndim)
   layers = zip(
-    attention(parted.state, 0),
-    attention(parted.state, 1),
+    attention(restored.state, 0),
+    attention(restored.state, 1),
     attention(own[0].state, 0),
     strict=True,
   )
