@@ -235,7 +235,7 @@ def report(
     config: A model that was placed.
     shards, seq_len, head_load, kept_tokens: As `place` was given them.
   Returns:
-    Such as "heads over 2 devices, largest over mean work: MoH layers 1.33x ->
+    Such as "heads over 2 devices, largest over mean active work: MoH layers 1.33x ->
     1.00x".
   """
   work = group_work(
@@ -258,7 +258,7 @@ def report(
     f"{kind} layers {before:.2f}x -> {after:.2f}x"
     for kind, (before, after) in worst.items()
   )
-  return f"heads over {shards} devices, largest over mean work: {told}"
+  return f"heads over {shards} devices, largest over mean active work: {told}"
 
 
 def kept_by_head(
