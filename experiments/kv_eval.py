@@ -198,7 +198,7 @@ def run(command: Command) -> dict[str, Any]:
 
   from experiments import _kv_eval_report as report
   from jaxheads.sharding import parse_mesh
-  from jaxheads.training RunFolder, devices
+  from jaxheads.training import RunFolder, devices
   from jaxheads.training.console import Reporter
   from jaxheads.training.job import told
   from jaxheads.training.run_folder import write_json
