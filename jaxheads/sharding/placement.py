@@ -13,11 +13,11 @@ from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Float, Int
 
 from jaxheads import head_order
 from jaxheads.s2 import Pattern
-from jaxheads.sharding.mesh import MeshShape
 from pallas_kernels.head_attention import Rule
 
 if TYPE_CHECKING:
@@ -146,14 +146,20 @@ def place(
   return dataclasses.replace(config, head_orders=tuple(orders))
 
 
-def head_shards(config: "ModelConfig", shape: MeshShape) -> int:
-  """Parts that `shape` splits heads into.
+def place_on(mesh: Mesh, config: "ModelConfig", seq_len: int) -> "ModelConfig":
+  """The model with its heads stored so that this mesh has equal work."""
+  return place(config, head_shards(mesh, config), seq_len)
+
+
+def head_shards(mesh: Mesh, config: "ModelConfig") -> int:
+  """Parts that heads are split into.
 
   Devices along `context` exchange tokens for heads where that divides; if the
   parts of both axes are equal, so are those of `heads` alone.
   """
-  both = shape.heads * shape.context
-  return shape.heads if config.num_kv_heads % both else both
+  heads = mesh.shape["heads"]
+  both = heads * mesh.shape["context"]
+  return heads if config.num_kv_heads % both else both
 
 
 def group_work(
@@ -235,8 +241,8 @@ def report(
     config: A model that was placed.
     shards, seq_len, head_load, kept_tokens: As `place` was given them.
   Returns:
-    Such as "heads over 2 devices, largest over mean active work: MoH layers 1.33x ->
-    1.00x".
+    Such as "heads over 2 devices, largest over mean active work: MoH layers
+    1.33x -> 1.00x".
   """
   work = group_work(
     config, seq_len, head_load=head_load, kept_tokens=kept_tokens

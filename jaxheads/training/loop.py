@@ -10,8 +10,8 @@ from jax.sharding import Mesh
 from jaxheads.data import Corpus, Loader, Tokenizer, make_loader
 from jaxheads.errors import UserError
 from jaxheads.models import DecoderLM, ModelConfig
-from jaxheads.sharding import MeshShape, check_heads, make_mesh, parse_mesh
-from jaxheads.sharding.placement import head_shards, place
+from jaxheads.sharding import MeshShape
+from jaxheads.sharding.placement import place_on
 from jaxheads.training import artefacts, devices, signals
 from jaxheads.training.config import TrainConfig
 from jaxheads.training.console import Reporter
@@ -59,10 +59,8 @@ def train(
       disk is full, or the loss is not finite.
     Interrupted: SIGTERM or Ctrl-C came; the state is saved.
   """
-  mesh_shape = mesh_shape or parse_mesh(None, jax.device_count())
   mesh = check_sizes(config, model_config, mesh_shape)
-  shards = head_shards(model_config, mesh_shape)
-  placed_config = place(model_config, shards, config.seq_len)
+  placed_config = place_on(mesh, model_config, config.seq_len)
 
   def make_data(
     graphdef: nnx.GraphDef[Any], mesh: Mesh
@@ -111,7 +109,7 @@ def train(
 
 
 def check_sizes(
-  config: TrainConfig, model_config: ModelConfig, shape: MeshShape
+  config: TrainConfig, model_config: ModelConfig, shape: MeshShape | None
 ) -> Mesh:
   """The mesh of all devices, if all sizes fit it; `UserError` otherwise."""
   if config.seq_len > model_config.max_seq_len:
@@ -120,8 +118,7 @@ def check_sizes(
       f"({model_config.max_seq_len}), got {config.seq_len}; lower it or raise "
       "`--model.max-seq-len`"
     )
-  check_heads(model_config.num_heads, model_config.num_kv_heads, shape.heads)
-  mesh = make_mesh(shape)
+  mesh = devices.model_mesh(shape, model_config)
   devices.check_batch_size(
     config.batch_size, mesh, accumulate=config.optimizer.accumulate
   )

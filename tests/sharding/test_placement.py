@@ -155,7 +155,8 @@ def test_shared_and_routed_heads_of_moh():
   )
   assert len(placed.runs) == 1
   assert placement.report(placed, 2, 4096) == (
-    "heads over 2 devices, largest over mean active work: MoH layers 1.33x -> 1.00x"
+    "heads over 2 devices, largest over mean active work: "
+    "MoH layers 1.33x -> 1.00x"
   )
   assert "MoH layers 1.33x -> 1.33x" in placement.report(config, 2, 4096)
 
