@@ -17,13 +17,13 @@ Source:
 import dataclasses
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxheads.errors import UserError
 from jaxheads.sharding.mesh import AXES, axis_size, nearest_divisor
@@ -38,6 +38,9 @@ from pallas_kernels.head_attention import (
   attend_case,
   head_attention,
 )
+from pallas_kernels.packing import gather_rows, pack, scatter_rows
+from pallas_kernels.routed_attention import routed_attention
+from pallas_kernels.routed_attention.tiling import default_tiling
 from pallas_kernels.value_checks import checks_under_jit
 
 
@@ -49,6 +52,7 @@ class _Operands(NamedTuple):
   v: Float[Array, "B T K Hv"]
   q_segment_ids: Int[Array, "B T"] | None
   kv_segment_ids: Int[Array, "B T"] | None
+  active: Bool[Array, "B T N"] | None
 
 
 def chunk_places(devices: int, balanced: bool) -> np.ndarray:
@@ -93,6 +97,15 @@ def check_length(length: int, devices: int, *, multiple: int) -> None:
     )
 
 
+def is_split(length: int, balanced: bool) -> bool:
+  """Whether the devices of the mesh that is set hold parts of sequences.
+
+  Sequences in their own order that do not split are on every device.
+  """
+  devices = axis_size("context")
+  return devices > 1 and (balanced or length % devices == 0)
+
+
 def is_exchangeable(pattern: HeadContexts, num_kv_heads: int) -> bool:
   """Whether a device needs but a halo and its heads' own residues.
 
@@ -124,6 +137,8 @@ def attend(
   balanced: bool,
   q_segment_ids: Int[Array, "B T"] | None = None,
   kv_segment_ids: Int[Array, "B T"] | None = None,
+  active: Bool[Array, "B T N"] | None = None,
+  num_active: int | None = None,
   implementation: str | None = None,
 ) -> Float[Array, "B T N Hv"]:
   """`head_attention` of a mesh with several devices along `context`.
@@ -136,10 +151,13 @@ def attend(
     pattern: What each head sees, in the original order.
     balanced: Whether tokens are in `balanced_order`; if not, in their own.
     q_segment_ids, kv_segment_ids: As for `head_attention`.
-    implementation: As for `head_attention`.
+    active: True where a token uses a head; only those are computed, on the
+      road of all patterns. `None` computes every head for every token.
+    num_active: Most active heads of any token, with `active`.
+    implementation: As for `head_attention`, or `routed_attention`.
 
   Returns:
-    Output in the tokens' order.
+    Output in the tokens' order; 0 where a head is not active.
 
   Raises:
     UserError: Sequences or heads do not split over this mesh; the message
@@ -147,24 +165,37 @@ def attend(
   """
   devices, shards = axis_size("context"), axis_size("heads")
   length, num_heads, num_kv_heads = q.shape[1], q.shape[2], k.shape[2]
-  operands = _Operands(q, k, v, q_segment_ids, kv_segment_ids)
+  operands = _Operands(q, k, v, q_segment_ids, kv_segment_ids, active)
   chunks = devices * (2 if balanced else 1)
   if checks_under_jit():
     # JAX's checkify does not run through a shard_map that a mesh context has.
     return _in_one_piece(operands, pattern, balanced, implementation)
   check_heads(num_heads, num_kv_heads, shards)
-  if q_segment_ids is None and is_exchangeable(pattern, num_kv_heads):
-    road = functools.partial(_by_exchange, kv_heads=num_kv_heads // shards)
+  multiple = chunks
+  road: Any
+  exchanges = (
+    q_segment_ids is None
+    and active is None
+    and is_exchangeable(pattern, num_kv_heads)
+  )
+  if exchanges:
     stride = max(rule.stride for rule in _strided(pattern))
-    multiple = chunks * pattern.block_size * max(stride, 1)
+    whole_shards = multiple * pattern.block_size * max(stride, 1)
+    # Who did not ask for an order is not told of lengths.
+    exchanges = balanced or length % whole_shards == 0
+  if exchanges:
+    multiple = whole_shards
+    road = functools.partial(_by_exchange, kv_heads=num_kv_heads // shards)
   else:
-    copies = kv_copies(num_heads, num_kv_heads, shards, devices)
-    road = functools.partial(_by_heads, copies=copies)
-    multiple = chunks
+    road = functools.partial(
+      _by_heads,
+      copies=kv_copies(num_heads, num_kv_heads, shards, devices),
+      num_active=num_active,
+    )
   check_length(length, devices, multiple=multiple)
-  batch = RULES["batch"]
+  batch: Any = RULES["batch"]
   if q.shape[0] % axis_size(*batch):
-    batch = None
+    batch = None  # All of them do all the work.
   specs = [
     PartitionSpec(batch, *spec("length", *rest))
     for rest in (
@@ -173,6 +204,7 @@ def attend(
       ("kv_heads", None),
       (),
       (),
+      ("heads",),
     )
   ]
   run = functools.partial(
@@ -441,6 +473,7 @@ def _by_heads(
   places: np.ndarray,
   shards: int,
   copies: int,
+  num_active: int | None,
   implementation: str | None,
 ) -> Float[Array, "B T n Hv"]:
   """Of one device: all tokens of some heads, and back."""
@@ -467,21 +500,69 @@ def _by_heads(
   k, v = (
     to_heads(jnp.repeat(x, copies, axis=2)) for x in (operands.k, operands.v)
   )
+  segments = ids(operands.q_segment_ids), ids(operands.kv_segment_ids)
+  patterns, which = local_patterns(pattern, q.shape[2]), _place(devices)
+  if operands.active is not None:
+    out = _routed(
+      q,
+      k,
+      v,
+      to_heads(operands.active),
+      segments,
+      patterns=patterns,
+      which=which,
+      # A token may have all of its heads here.
+      num_active=min(num_active or pattern.num_heads, q.shape[2]),
+      share=(num_active or pattern.num_heads) / pattern.num_heads,
+      implementation=implementation,
+    )
+    return to_tokens(out)
   rows = (0, q.shape[1])
-  kv_segment_ids = ids(operands.kv_segment_ids)
   out = attend_case(
     q,
     ((k, v),),
     cases=tuple(
-      Case(((rows, (Part(0, rows, local, 0),)),))
-      for local in local_patterns(pattern, q.shape[2])
+      Case(((rows, (Part(0, rows, local, 0),)),)) for local in patterns
     ),
-    which=_place(devices),
-    q_segment_ids=ids(operands.q_segment_ids),
-    kv_segment_ids=None if kv_segment_ids is None else (kv_segment_ids,),
+    which=which,
+    q_segment_ids=segments[0],
+    kv_segment_ids=None if segments[1] is None else (segments[1],),
     implementation=implementation,
   )
   return to_tokens(out)
+
+
+def _routed(
+  q: Float[Array, "B T n H"],
+  k: Float[Array, "B T k H"],
+  v: Float[Array, "B T k H"],
+  active: Bool[Array, "B T n"],
+  segments: tuple[Array | None, Array | None],
+  *,
+  patterns: tuple[HeadContexts, ...],
+  which: Int[Array, ""],
+  num_active: int,
+  share: float,
+  implementation: str | None,
+) -> Float[Array, "B T n H"]:
+  """Of the active heads of each token only."""
+  tiling = default_tiling(q.shape[1], k.shape[1], share)
+  packing = pack(active, num_active=num_active, block_rows=tiling.block_q)
+  distinct = tuple(dict.fromkeys(patterns))
+  number = jnp.asarray([distinct.index(one) for one in patterns], jnp.int32)
+  rows = routed_attention(
+    gather_rows(q, packing),
+    k,
+    v,
+    packing,
+    pattern=distinct if len(distinct) > 1 else distinct[0],
+    which=number[which] if len(distinct) > 1 else None,
+    q_segment_ids=segments[0],
+    kv_segment_ids=segments[1],
+    tiling=tiling,
+    implementation=implementation,
+  )
+  return scatter_rows(rows, packing)
 
 
 # Shared by both.
@@ -526,7 +607,9 @@ def _in_one_piece(
   order = np.arange(operands.q.shape[1])
   if balanced:
     order = balanced_order(len(order), axis_size("context"))
-  operands = jax.tree.map(lambda x: x[:, np.argsort(order)], operands)
+  operands = jax.tree.map(
+    lambda x: x[:, np.argsort(order)], operands._replace(active=None)
+  )
   out = head_attention(
     *operands[:3],
     pattern=pattern,
