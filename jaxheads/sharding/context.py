@@ -17,7 +17,7 @@ Source:
 import dataclasses
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +42,8 @@ from pallas_kernels.packing import gather_rows, pack, scatter_rows
 from pallas_kernels.routed_attention import routed_attention
 from pallas_kernels.routed_attention.tiling import default_tiling
 from pallas_kernels.value_checks import checks_under_jit
+
+Road = Literal["exchange", "all_to_all"]
 
 
 class _Operands(NamedTuple):
@@ -166,33 +168,24 @@ def attend(
   devices, shards = axis_size("context"), axis_size("heads")
   length, num_heads, num_kv_heads = q.shape[1], q.shape[2], k.shape[2]
   operands = _Operands(q, k, v, q_segment_ids, kv_segment_ids, active)
-  chunks = devices * (2 if balanced else 1)
   if checks_under_jit():
     # JAX's checkify does not run through a shard_map that a mesh context has.
     return _in_one_piece(operands, pattern, balanced, implementation)
-  check_heads(num_heads, num_kv_heads, shards)
-  multiple = chunks
-  road: Any
-  exchanges = (
-    q_segment_ids is None
-    and active is None
-    and is_exchangeable(pattern, num_kv_heads)
+  road = choose_road(
+    pattern,
+    length=length,
+    num_kv_heads=num_kv_heads,
+    devices=devices,
+    shards=shards,
+    balanced=balanced,
+    needs_all_tokens=q_segment_ids is not None or active is not None,
   )
-  if exchanges:
-    stride = max(rule.stride for rule in _strided(pattern))
-    whole_shards = multiple * pattern.block_size * max(stride, 1)
-    # Who did not ask for an order is not told of lengths.
-    exchanges = balanced or length % whole_shards == 0
-  if exchanges:
-    multiple = whole_shards
-    road = functools.partial(_by_exchange, kv_heads=num_kv_heads // shards)
+  run: Any
+  if road == "exchange":
+    run = functools.partial(_by_exchange, kv_heads=num_kv_heads // shards)
   else:
-    road = functools.partial(
-      _by_heads,
-      copies=kv_copies(num_heads, num_kv_heads, shards, devices),
-      num_active=num_active,
-    )
-  check_length(length, devices, multiple=multiple)
+    copies = kv_copies(num_heads, num_kv_heads, shards, devices)
+    run = functools.partial(_by_heads, copies=copies, num_active=num_active)
   batch: Any = RULES["batch"]
   if q.shape[0] % axis_size(*batch):
     batch = None  # All of them do all the work.
@@ -208,7 +201,7 @@ def attend(
     )
   ]
   run = functools.partial(
-    road,
+    run,
     pattern=pattern,
     places=chunk_places(devices, balanced),
     shards=shards,
@@ -225,6 +218,47 @@ def attend(
     check_vma=False,
   )
   return sharded(*operands)
+
+
+def choose_road(
+  pattern: HeadContexts,
+  *,
+  length: int,
+  num_kv_heads: int,
+  devices: int,
+  shards: int,
+  balanced: bool = True,
+  needs_all_tokens: bool = False,
+) -> Road:
+  """How a layer's devices come to the keys of its heads.
+
+  Args:
+    pattern: What each head sees.
+    length: Tokens of a sequence.
+    num_kv_heads: Of the model.
+    devices, shards: Devices along `context` and along `heads`.
+    balanced: Whether tokens are in `balanced_order`.
+    needs_all_tokens: Packed sequences, or heads computed for some tokens only.
+
+  Returns:
+    "exchange": a halo and the residues; or "all_to_all": all tokens of some
+    heads.
+
+  Raises:
+    UserError: Sequences or heads do not split.
+  """
+  num_heads = pattern.num_heads
+  check_heads(num_heads, num_kv_heads, shards)
+  chunks = devices * (2 if balanced else 1)
+  if not needs_all_tokens and is_exchangeable(pattern, num_kv_heads):
+    multiple = chunks * pattern.block_size * max(stride_of(pattern), 1)
+    if balanced:
+      check_length(length, devices, multiple=multiple)
+    if length % multiple == 0:
+      return "exchange"
+  kv_copies(num_heads, num_kv_heads, shards, devices)
+  check_length(length, devices, multiple=chunks)
+  return "all_to_all"
 
 
 def kv_copies(
@@ -256,6 +290,16 @@ def _strided(pattern: HeadContexts) -> list[Strided]:
   return [rule for rule in pattern.rules if isinstance(rule, Strided)]
 
 
+def stride_of(pattern: HeadContexts) -> int:
+  """The stride of the heads that have one; 0 if all see a window only."""
+  return max(rule.stride for rule in _strided(pattern))
+
+
+def window_of(pattern: HeadContexts) -> int:
+  """Blocks of the widest window."""
+  return max(rule.local for rule in _strided(pattern))
+
+
 # The road of strided patterns.
 
 
@@ -279,7 +323,7 @@ def _by_exchange(
     own = jax.tree.map(lambda x, s=slot: _chunk(x, s, tokens), kv)
     before = _halo(kv, places, slot, tokens, halos[slot])
     sources.append(jax.tree.map(lambda *x: jnp.concatenate(x, 1), *before, own))
-  stride = max(rule.stride for rule in rules)
+  stride = stride_of(pattern)
   if stride:
     residues = np.array([rule.residue for rule in rules])
     residues = residues[:: len(rules) // (shards * kv_heads)]
@@ -309,8 +353,7 @@ def halo_tokens(
   pattern: HeadContexts, tokens: int, places: np.ndarray
 ) -> list[int]:
   """Tokens before the chunks of each slot that windows reach."""
-  reach = max(rule.local for rule in _strided(pattern)) - 1
-  most = reach * pattern.block_size
+  most = (window_of(pattern) - 1) * pattern.block_size
   return [min(most, int(chunk) * tokens) for chunk in places.max(axis=0)]
 
 
@@ -428,7 +471,6 @@ def _exchange_case(
   block = pattern.block_size
   blocks = tokens // block
   rules = _strided(pattern)
-  stride = max(rule.stride for rule in rules)
   queries = []
   for slot, (chunk, halo) in enumerate(zip(chunks, halos, strict=True)):
     before = min(halo, chunk * tokens)
@@ -437,7 +479,8 @@ def _exchange_case(
     )
     parts = [Part(slot, (halo - before, halo + tokens), near, before)]
     masks = [
-      _far(rule, chunk * blocks, blocks, stride, num_chunks) for rule in rules
+      _far(rule, chunk * blocks, blocks, stride_of(pattern), num_chunks)
+      for rule in rules
     ]
     columns = max(int(mask.any(0).sum()) for mask in masks)
     if columns:
