@@ -295,7 +295,7 @@ class DecoderLM(nnx.Module):
         _ordered(x, order) for x in (tokens, positions, token_mask, segment_ids)
       )
     with jax.named_scope("embed"):
-      x = self.embedding(tokens)
+      x = self._embed(tokens)
     for index, stack in enumerate(self.stacks):
       with jax.named_scope(f"stack_{index}"):
         x = self._run(
@@ -381,6 +381,13 @@ class DecoderLM(nnx.Module):
       outputs.append(output)
       first = last
     return carry, jax.tree.map(lambda *x: jnp.concatenate(x), *outputs)
+
+  def _embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    # Devices look up their own features, of all sequences that share them, and
+    # exchange what they found: far less than the table.
+    tokens = constrain(tokens, "replica", "length")
+    x = constrain(self.embedding(tokens), "replica", "length", "embed")
+    return constrain(x, "batch", "length", None)
 
   def _run(
     self, stack: DecoderBlock, x: Float[Array, "B T D"], **inputs: Any

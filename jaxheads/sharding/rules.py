@@ -17,6 +17,7 @@ from jaxheads.sharding.mesh import AXES, nearest_divisor
 # What is not listed is on no axis: every device holds all of it.
 RULES: dict[str, str | tuple[str, ...]] = {
   "batch": ("data", "fsdp"),  # Sequences.
+  "replica": "data",  # Sequences, where their features are split over fsdp.
   "length": "context",  # Tokens of a sequence.
   "embed": "fsdp",  # The residual stream, of parameters; gathered for use.
   "heads": "heads",
@@ -36,7 +37,6 @@ _PARAMETERS: tuple[tuple[str, tuple[str | None, ...]], ...] = (
   (r"(key|value)/kernel", ("embed", "kv_heads", None)),
   (r"(key|value)/bias", ("kv_heads", None)),
   (r"out/kernel", ("heads", None, "embed")),
-  (r"router_(routed|kind|shared)", ("embed", None)),
   (r"(gate|up)/kernel", ("embed", "mlp")),
   (r"down/kernel", ("mlp", "embed")),
 )
