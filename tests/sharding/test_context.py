@@ -268,3 +268,33 @@ def test_refuses_what_does_not_split(axes, heads, kv_heads, length, message):
 def test_order_of_a_length_that_does_not_split():
   with pytest.raises(UserError, match="context=4.*of 8, got 20.*nearest is 16"):
     context.balanced_order(20, 4)
+
+
+@pytest.mark.parametrize(
+  "heads",
+  [
+    pytest.param(DENSE, id="dense"),
+    pytest.param(OWN, id="a residue each", marks=long),
+  ],
+)
+def test_heads_that_are_off_are_not_computed(heads):
+  """The others are as if all were, whatever the road of those would be."""
+  arrays = draw(64, 4, 4, 2)
+  active = np.random.default_rng(5).random((2, 64, 4)) < 0.5
+  active[..., 0] = True
+  active[..., 3] &= ~active[..., 1:3].all(-1)  # Three of four at the most.
+  order = context.balanced_order(64, 2)
+  arrays = (*arrays[:3], np.where(active[..., None], arrays[3], 0))
+  with jax.set_mesh(mesh(context=2, heads=2)):
+    found = attend(
+      arrays,
+      pattern=heads.pattern,
+      active=jnp.asarray(active[:, order]),
+      num_active=3,
+    )
+  assert not found[0][~active].any()
+  with jax.set_mesh(mesh(context=1)):
+    every = attend(arrays, pattern=heads.pattern)
+  check(heads, arrays, every)
+  found[0] = np.where(active[..., None], found[0], every[0])
+  check(heads, arrays, found)
