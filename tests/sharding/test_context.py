@@ -124,8 +124,8 @@ long = pytest.mark.exhaustive
   [
     pytest.param({"context": 1}, SHARED, 2, True, id="1 device", marks=long),
     pytest.param({"context": 2}, SHARED, 2, True, id="2 devices", marks=long),
-    pytest.param({"context": 4}, SHARED, 2, True, id="4 devices"),
-    pytest.param({"context": 4}, SHARED, 2, False, id="4 chunks"),
+    pytest.param({"context": 4}, SHARED, 2, True, id="4 devices", marks=long),
+    pytest.param({"context": 4}, SHARED, 2, False, id="4 chunks", marks=long),
     # A chunk is two blocks: the window takes three hops, and heads have
     # chunks in which they keep nothing.
     pytest.param(
@@ -160,6 +160,7 @@ long = pytest.mark.exhaustive
       2,
       True,
       id="windows and shards on other devices",
+      marks=long,
     ),
   ],
 )
@@ -175,7 +176,9 @@ def test_exchange_is_the_oracles(axes, heads, kv_heads, balanced):
   ("axes", "heads", "kv_heads", "length", "balanced"),
   [
     pytest.param({"context": 4}, DENSE, 4, 40, True, id="dense"),
-    pytest.param({"context": 4}, DENSE, 4, 36, False, id="dense, contiguous"),
+    pytest.param(
+      {"context": 4}, DENSE, 4, 36, False, id="dense, contiguous", marks=long
+    ),
     pytest.param({"context": 4}, DENSE, 2, 40, True, id="repeated keys"),
     pytest.param(
       {"context": 2, "heads": 2}, ANY, 4, 100, True, id="a mask each"
