@@ -12,8 +12,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 
 from jaxheads.nn import auxiliary_loss
-from jaxheads.training import devices
-from jaxheads.training.losses import token_nats
+from jaxheads.sharding import shardings
 
 Batch = dict[str, Any]  # tokens, targets int32 [B, T]; mask bool [B, T]
 Metrics = dict[str, Array]  # float32 scalars
@@ -45,7 +44,7 @@ def init_state(
   seed: int,
   mesh: Mesh,
 ) -> tuple[nnx.GraphDef[Any], TrainState]:
-  """A fresh model, split, and its state, copied to every device of `mesh`."""
+  """A fresh model, split, and its state, placed on `mesh` by the table."""
   shapes = nnx.eval_shape(lambda: build_model(nnx.Rngs(seed)))
   graphdef = nnx.graphdef(shapes)
 
@@ -60,8 +59,8 @@ def init_state(
       opt_state=optimizer.init(params),
     )
 
-  state = jax.jit(init, out_shardings=devices.replicated(mesh))()
-  return graphdef, state
+  placed = shardings(jax.eval_shape(init), mesh)
+  return graphdef, jax.jit(init, out_shardings=placed)()
 
 
 def make_train_step(
@@ -71,7 +70,7 @@ def make_train_step(
   aux_weight: float,
   accumulate: int = 1,
   schedule: optax.Schedule | None = None,
-  mesh: Mesh,
+  like: TrainState,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
   """The compiled step: (state, batch) to (new state, metrics).
 
@@ -79,21 +78,24 @@ def make_train_step(
   it is the same mean over all tokens of the batch, whatever the parts hold;
   only the balance statistics are those of each part, averaged.
 
-  The state given in is donated: do not use it again.
+  The state given in is donated: do not use it again. New states are placed as
+  `like` is, of which nothing else is looked at.
   """
 
   def objective(
     params: Any, rest: Any, batch: Batch, num_tokens: Array
   ) -> tuple[Array, tuple[Array, Array, Any]]:
     model = nnx.merge(graphdef, params, rest)
-    logits = model(batch["tokens"], deterministic=False)
-    nats = token_nats(logits, batch["targets"])
+    nats = model.token_nats(
+      batch["tokens"], batch["targets"], deterministic=False
+    )
     nats = jnp.sum(jnp.where(batch["mask"], nats, 0.0)) / num_tokens
     aux = auxiliary_loss(model) / accumulate
     rest = nnx.to_pure_dict(nnx.state(model, nnx.Not(nnx.Param)))
     return nats + aux_weight * aux, (nats, aux, rest)
 
   gradient = jax.grad(objective, has_aux=True)
+  placed: Any = jax.tree.map(lambda x: x.sharding, like)
 
   def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
     num_tokens = jnp.sum(batch["mask"], dtype=jnp.float32)
@@ -116,6 +118,8 @@ def make_train_step(
       ((grads, nats, aux), rest), _ = jax.lax.scan(
         part, (zeros, state.rest), jax.tree.map(_split_rows, batch)
       )
+    # Each device adds up its own part of them.
+    grads = jax.lax.with_sharding_constraint(grads, placed.params)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     metrics = {
       "loss": nats,
@@ -136,7 +140,9 @@ def make_train_step(
     rows = rows.reshape(-1, accumulate, *rows.shape[1:])
     return jnp.swapaxes(rows, 0, 1)
 
-  return jax.jit(step, donate_argnums=0, out_shardings=devices.replicated(mesh))
+  return jax.jit(
+    step, donate_argnums=0, out_shardings=(placed, like.step.sharding)
+  )
 
 
 def make_eval_step(
@@ -147,8 +153,7 @@ def make_eval_step(
   @jax.jit
   def step(params: Any, rest: Any, batch: Batch) -> tuple[Array, Array]:
     model = nnx.merge(graphdef, params, rest)
-    logits = model(batch["tokens"], deterministic=True)
-    nats = token_nats(logits, batch["targets"])
+    nats = model.token_nats(batch["tokens"], batch["targets"])
     nats = jnp.where(batch["mask"], nats, 0.0)
     return jnp.sum(nats), jnp.sum(batch["mask"], dtype=jnp.float32)
 
