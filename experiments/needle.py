@@ -30,6 +30,7 @@ from jaxheads.training.config import (
   OptimizerOptions,
   TrainConfig,
 )
+from jaxheads.training.distributed import Processes
 from jaxheads.training.model_options import ModelOptions, S2Options
 
 
@@ -166,6 +167,7 @@ class Command:
   """Folder of the results."""
   resume: bool = False
   """Continue what `--out` holds, with the same flags."""
+  processes: Annotated[Processes, tyro.conf.arg(name="")] = Processes()
   needle: Annotated[Needle, tyro.conf.arg(name="")] = dataclasses.field(
     default_factory=Needle
   )
@@ -186,10 +188,19 @@ def parse(argv: list[str] | None = None) -> Command:
 
 def run(command: Command) -> dict[str, Any]:
   """Trains, asks, and writes the results; returns what needle.json holds."""
+  from jaxheads.training import distributed
+
+  with distributed.joined(command.processes):
+    return train_and_draw(command)
+
+
+def train_and_draw(command: Command) -> dict[str, Any]:
+  """As `run`, once the processes of the job have met."""
+  import jax
   import numpy as np
 
   from jaxheads.data import NEEDLE_VOCAB_SIZE
-  from jaxheads.training import RunFolder, artefacts, devices
+  from jaxheads.training import RunFolder, artefacts, devices, distributed
   from jaxheads.training.console import Reporter
   from jaxheads.training.job import told
   from jaxheads.training.retrieval import plot_retrieval
@@ -202,7 +213,10 @@ def run(command: Command) -> dict[str, Any]:
   sharded = dataclasses.replace(needle.model, max_seq_len=longest + 8).build(
     NEEDLE_VOCAB_SIZE
   )
-  prepare(command)
+  distributed.agree(distributed.as_flags(record_of(needle)))
+  writes = jax.process_index() == 0
+  if writes:
+    prepare(command)
   reporter.say(f"devices    {devices.describe()}")
   reporter.say(
     f"model      {sharded.num_params:,} parameters, "
@@ -244,14 +258,15 @@ def run(command: Command) -> dict[str, Any]:
           f"{name:12} {length:7,} tokens: {100 * row.mean():5.1f} % exact, "
           f"worst depth {100 * row.min():5.1f} %"
         )
-    write_json(out / "needle.json", results)
-    plot_retrieval(
-      accuracies,
-      needle.ask_lengths,
-      depths,
-      out / "needle.png",
-      trained_length=max(needle.lengths),
-    )
+    if writes:
+      write_json(out / "needle.json", results)
+      plot_retrieval(
+        accuracies,
+        needle.ask_lengths,
+        depths,
+        out / "needle.png",
+        trained_length=max(needle.lengths),
+      )
     reporter.say(f"results    {out / 'needle.json'}")
     reporter.say(f"heat map   {out / 'needle.png'}")
   return results
@@ -339,7 +354,7 @@ def train_and_ask(
 
   from jaxheads.models import DecoderLM
   from jaxheads.sharding import make_mesh, parse_mesh
-  from jaxheads.training import fit, signals
+  from jaxheads.training import distributed, fit, signals
   from jaxheads.training.retrieval import retrieval_data
 
   longest = max(needle.lengths)
@@ -356,9 +371,10 @@ def train_and_ask(
   )
 
   started = time.monotonic()
-  resume = resume and folder.holds_run
-  if not resume:
+  resume = distributed.from_first(lambda: resume and folder.holds_run)
+  if not resume and jax.process_index() == 0:
     folder.create(config, model_config)
+  folder.check_shared()
   mesh = make_mesh(parse_mesh(None, jax.device_count()))
   with signals.stop_on_signals() as stop, jax.set_mesh(mesh):
     _, state, retrieval = fit(

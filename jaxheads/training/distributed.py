@@ -18,7 +18,7 @@ import threading
 import time
 import traceback
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NoReturn, TypeVar
 
 import jax
@@ -94,7 +94,7 @@ def initialise(processes: Processes) -> None:
       )
       processes = Processes(**dict(zip(_FIELDS, values, strict=True)))
   _check(processes)
-  if processes.num_processes == 1:
+  if processes.num_processes in (None, 1):
     return
   coordinator, num_processes, process_id = dataclasses.astuple(processes)
   jax.config.update("jax_cpu_collectives_implementation", "gloo")
@@ -163,9 +163,10 @@ def everyone(value: _T) -> list[_T]:
   return [found[process] for process in range(_STATE.num_processes)]
 
 
-def from_first(value: _T) -> _T:
-  """The JSON-able value that process 0 has; all of them call it in turn."""
-  return everyone(value)[0]
+def from_first(find: Callable[[], _T]) -> _T:
+  """The JSON-able value that process 0 finds; all of them call it in turn."""
+  found: Any = find() if _STATE.process_id == 0 else None
+  return everyone(found)[0]
 
 
 def agree(facts: Mapping[str, Any]) -> None:
@@ -190,6 +191,18 @@ def agree(facts: Mapping[str, Any]) -> None:
       f"the processes disagree: {'; '.join(differing[:3])}{more}; start all of "
       "them with the same flags, files and versions"
     )
+
+
+def as_flags(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+  """Nested options by their flags, such as "`--optimizer.learning-rate`"."""
+  flags: dict[str, Any] = {}
+  for name, value in values.items():
+    flag = f"{prefix}{name.replace('_', '-')}"
+    if isinstance(value, Mapping):
+      flags.update(as_flags(value, f"{flag}."))
+    else:
+      flags[f"`--{flag}`"] = value
+  return flags
 
 
 def _short(value: Any) -> str:

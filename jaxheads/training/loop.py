@@ -11,7 +11,7 @@ from jaxheads.data import Corpus, Loader, Tokenizer, make_loader
 from jaxheads.errors import UserError
 from jaxheads.models import DecoderLM, ModelConfig
 from jaxheads.sharding import MeshShape, check_heads, make_mesh, parse_mesh
-from jaxheads.training import artefacts, devices, signals
+from jaxheads.training import artefacts, devices, distributed, signals
 from jaxheads.training.config import TrainConfig
 from jaxheads.training.console import Reporter
 from jaxheads.training.evaluation import Evaluator
@@ -53,11 +53,19 @@ def train(
     What summary.json holds.
 
   Raises:
-    UserError: The sizes do not fit, the checkpoint is of another model, the
-      disk is full, or the loss is not finite.
+    UserError: The sizes do not fit, the processes have other texts, the
+      checkpoint is of another model, the disk is full, or the loss is not
+      finite.
     Interrupted: SIGTERM or Ctrl-C came; the state is saved.
   """
   mesh = check_sizes(config, model_config, mesh_shape)
+  if distributed.num_processes() > 1:
+    distributed.agree(
+      {
+        "the training text": distributed.fingerprint(corpus.train),
+        "the validation text": distributed.fingerprint(corpus.validation),
+      }
+    )
 
   def make_data(
     graphdef: nnx.GraphDef[Any], mesh: Mesh
@@ -67,6 +75,7 @@ def train(
       seq_len=config.seq_len,
       batch_size=config.batch_size,
       seed=config.seed,
+      rows=devices.rows_of_process(mesh, config.batch_size),
       name="the training text",
     )
     return loader, Evaluator(
