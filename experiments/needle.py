@@ -167,7 +167,9 @@ class Command:
   """Folder of the results."""
   resume: bool = False
   """Continue what `--out` holds, with the same flags."""
-  processes: Annotated[Processes, tyro.conf.arg(name="")] = Processes()
+  processes: Annotated[Processes, tyro.conf.arg(name="")] = dataclasses.field(
+    default_factory=Processes
+  )
   needle: Annotated[Needle, tyro.conf.arg(name="")] = dataclasses.field(
     default_factory=Needle
   )

@@ -57,7 +57,7 @@ class Restored:
 
 
 class Checkpointer:
-  """Writes the steps of one run.
+  """Writes the steps of one run; all processes of a job call it alike.
 
   Args:
     directory: Made if missing. Remains of interrupted saves are removed.

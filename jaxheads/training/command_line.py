@@ -43,7 +43,9 @@ class Command:
   """How devices share the work, such as data=2,fsdp=4: axes data and fsdp
   (sequences; fsdp also splits the parameters), context (tokens), heads.
   Default: all devices on fsdp."""
-  processes: Annotated[Processes, tyro.conf.arg(name="")] = Processes()
+  processes: Annotated[Processes, tyro.conf.arg(name="")] = dataclasses.field(
+    default_factory=Processes
+  )
   train: Annotated[TrainConfig, tyro.conf.arg(name="")] = dataclasses.field(
     default_factory=TrainConfig
   )
@@ -67,7 +69,7 @@ class Request:
   resume: bool
   compile_cache: str | None
   mesh: str | None = None
-  processes: Processes = Processes()
+  processes: Processes = dataclasses.field(default_factory=Processes)
 
 
 def parse(

@@ -31,7 +31,7 @@ def put_batch(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, Any]:
       row: place for place, row in enumerate(rows_of_process(mesh, batch_size))
     }
 
-    def of_device(index: tuple[slice, ...]) -> np.ndarray:
+    def of_device(index: Any) -> np.ndarray:
       start, stop, _ = index[0].indices(batch_size)
       return rows[places[start] : places[start] + stop - start]
 
@@ -68,7 +68,8 @@ def rows_of_process(
 def _rows_by_process(mesh: Mesh, batch_size: int) -> dict[int, tuple[int, ...]]:
   held: dict[int, set[int]] = {}
   placed = NamedSharding(mesh, spec("batch"))
-  for device, index in placed.devices_indices_map((batch_size,)).items():
+  where: Any = placed.devices_indices_map((batch_size,))
+  for device, index in where.items():
     rows = range(*index[0].indices(batch_size))
     held.setdefault(device.process_index, set()).update(rows)
   return {process: tuple(sorted(rows)) for process, rows in held.items()}

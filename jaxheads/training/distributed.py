@@ -24,7 +24,7 @@ from typing import Any, NoReturn, TypeVar
 import jax
 import numpy as np
 from jax._src import clusters, distributed
-from jax._src.lib import _jax
+from jaxlib import _jax
 
 from jaxheads.errors import UserError
 from jaxheads.training import lost_hosts
@@ -80,19 +80,9 @@ def initialise(processes: Processes) -> None:
     UserError: Some of the settings are missing or make no sense.
   """
   processes = _with_environment(processes)
-  values = dataclasses.astuple(processes)
-  local_device_ids = None
-  if None in values:
-    cluster = _cluster()
-    if (processes.num_processes or _size(cluster)) == 1:
-      return
-    if cluster is not None:
-      *values, local_device_ids = (
-        clusters.ClusterEnv.auto_detect_unset_distributed_params(
-          *values, None, cluster.name, _START_S
-        )
-      )
-      processes = Processes(**dict(zip(_FIELDS, values, strict=True)))
+  local_device_ids: Any = None
+  if None in dataclasses.astuple(processes):
+    processes, local_device_ids = _completed(processes)
   _check(processes)
   if processes.num_processes in (None, 1):
     return
@@ -240,6 +230,8 @@ def _check(processes: Processes) -> None:
   if all(value is None for value in values.values()):
     return
   coordinator, count, index = values.values()
+  if count == 1:
+    return
   for name, value in values.items():
     if value is None:
       raise UserError(
@@ -278,8 +270,26 @@ def _cluster() -> type[clusters.ClusterEnv] | None:
   return None
 
 
-def _size(cluster: type[clusters.ClusterEnv] | None) -> int | None:
-  return None if cluster is None else cluster.get_process_count()
+def _completed(processes: Processes) -> tuple[Processes, Any]:
+  """With what a scheduler says, and which devices it gives to this process."""
+  if processes.num_processes == 1:
+    return processes, None
+  try:
+    cluster = _cluster()
+    # Alone, a process shall see all devices, also where Slurm started it.
+    if cluster is None or cluster.get_process_count() == 1:
+      return processes, None
+    find: Any = cluster.auto_detect_unset_distributed_params
+    *found, local_device_ids = find(
+      *dataclasses.astuple(processes), None, cluster.name, _START_S
+    )
+  except Exception as error:
+    raise UserError(
+      "what the scheduler says about processes cannot be read "
+      f"({' '.join(str(error).split())}); name them with `--coordinator`, "
+      "`--num-processes` and `--process-id`, or `--num-processes 1`"
+    ) from error
+  return Processes(**dict(zip(_FIELDS, found, strict=True))), local_device_ids
 
 
 @contextlib.contextmanager

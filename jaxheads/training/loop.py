@@ -34,7 +34,8 @@ def train(
   """Trains one model on all devices and returns its final figures.
 
   Everything the numbers depend on is in `config`, `model_config` and the
-  corpus; a resumed run continues bit for bit where the last checkpoint was.
+  corpus; a resumed run continues bit for bit where the last checkpoint was (on
+  another mesh or number of processes, up to rounding).
 
   Args:
     config: Steps, batches, optimizer and intervals; its `model` and

@@ -27,7 +27,9 @@ _FATAL = "JAX distributed service detected fatal errors"
 _NEXT = "what is saved is intact: continue with `--resume`"
 
 
-def filter_stderr(*, process_id: int, coordinator: str, patience_s: int) -> None:
+def filter_stderr(
+  *, process_id: int, coordinator: str, patience_s: int
+) -> None:
   """From here on, native code's words about processes are held back.
 
   All else that native code writes goes through at once. Python's own standard
@@ -61,7 +63,9 @@ def leave_quietly() -> None:
   os.write(2, _LEAVING.encode())
 
 
-def explain(text: str, *, process_id: int, coordinator: str, patience_s: int):
+def explain(
+  text: str, *, process_id: int, coordinator: str, patience_s: int
+) -> str:
   """What a person reads instead of JAX's last words."""
   missing = re.search(r"timed out task names:\s*\n((?:.*\d+\s*\n)+)", text)
   gone = re.search(r"stopped sending heartbeats\):\s*\n((?:.*\d+\s*\n)+)", text)
@@ -93,8 +97,8 @@ def _name(listed: str) -> str:
   """Such as "processes 1 and 3"."""
   ids = sorted({int(line.split(":")[-1]) for line in listed.split()})
   *first, last = map(str, ids)
-  return f"processes {', '.join(first)} and {last}" if first else (
-    f"process {last}"
+  return (
+    f"processes {', '.join(first)} and {last}" if first else (f"process {last}")
   )
 
 

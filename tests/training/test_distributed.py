@@ -1,5 +1,6 @@
 """Real processes over loopback: they train, die, resume, and disagree."""
 
+import json
 import os
 import pathlib
 import re
@@ -25,14 +26,16 @@ STEPS = 24
 FLAGS = [
   *("--preset", "smoke", "--steps", str(STEPS), "--data", str(small.TEXT)),
   *("--evaluation.every", "8", "--evaluation.batches", "2"),
-  *("--evaluation.sample-tokens", "2", "--checkpoint.every", "4"),
+  *("--evaluation.sample-tokens", "0", "--checkpoint.every", "4"),
 ]
 TIMEOUT_S = 240
 # Less patient than users' processes are, where a test waits for the end of it.
 _SCRIPT = """
-import runpy, sys
+import resource, runpy, sys
 from jaxheads.training import distributed
-_, start_s, heartbeat_s, *sys.argv = sys.argv
+_, start_s, heartbeat_s, limit, *sys.argv = sys.argv
+if int(limit):
+  resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), int(limit)))
 distributed._START_S = int(start_s)
 distributed._HEARTBEAT_S = int(heartbeat_s)
 runpy.run_path(sys.argv[0], run_name="__main__")
@@ -57,28 +60,38 @@ class Job:
     devices=1,
     own=None,
     folders=None,
+    variables=None,
+    limited=None,
     start_s=60,
     heartbeat_s=10,
   ):
-    """`own` are flags of single processes, `folders` where they are started."""
+    """Starts the script `count` times, or only those of `ids`.
+
+    Args:
+      own: Further flags of single processes.
+      folders: Where single processes are started.
+      variables: Of single processes, instead of flags that say who they are.
+      limited: A process whose files may not grow beyond 30 KB.
+    """
     environment = os.environ | one_device() | {"PYTHONPATH": str(ROOT)}
     environment["XLA_FLAGS"] += (
       f" --xla_force_host_platform_device_count={devices}"
     )
-    port = free_port()
+    meet = ["--coordinator", f"127.0.0.1:{free_port()}"]
+    meet += ["--num-processes", str(count), "--process-id"]
     self._processes = {
       process: subprocess.Popen(
         [
           *(sys.executable, "-c", _SCRIPT, str(start_s), str(heartbeat_s)),
+          *("30000" if process == limited else "0",),
           *(str(ROOT / "experiments" / script), *flags),
           *(own or {}).get(process, ()),
-          *("--coordinator", f"127.0.0.1:{port}"),
-          *("--num-processes", str(count), "--process-id", str(process)),
+          *(() if variables else (*meet, str(process))),
         ],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=environment,
+        env=environment | (variables or {}).get(process, {}),
         cwd=(folders or {}).get(process),
       )
       for process in (range(count) if ids is None else ids)
@@ -130,11 +143,6 @@ def run_here(out, *, resume=False) -> list[dict]:
   return read_metrics(folder.metrics_file)
 
 
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
-  return run_here(tmp_path_factory.mktemp("undisturbed") / "run")
-
-
 def assert_same(records, expected):
   steps = [record["step"] for record in records]
   assert steps == [record["step"] for record in expected]
@@ -177,13 +185,10 @@ def jobs(start, tmp_path_factory):
     (path / "text.txt").write_text(f"Host {process} reads this. " * 400)
   jobs = {
     "killed": start(*FLAGS, "--out", str(folder / "killed")),
-    "missing": start(
-      *FLAGS, "--out", str(folder / "missing"), count=3, ids=(1, 0), start_s=9
+    "undisturbed": start(
+      *(*FLAGS, "--out", str(folder / "undisturbed"), "--mesh", "data=2")
     ),
-    "config": start(
-      *(*FLAGS, "--out", str(folder / "config")),
-      own={1: ["--optimizer.learning-rate", "0.5", "--seed", "7"]},
-    ),
+    "missing": start(*FLAGS, "--out", str(folder / "x"), ids=[0], start_s=9),
     "data": start(*FLAGS, "--data", "text.txt", "--out", "run", folders=texts),
   }
   jobs["killed"].wait_for(folder / "killed", 8)
@@ -192,35 +197,46 @@ def jobs(start, tmp_path_factory):
 
 
 def test_a_missing_process_is_named(jobs):
-  for code, _, errors in jobs[1]["missing"].end().values():
-    assert code not in (0, None)
-    assert errors.startswith("error: process 2 did not start within 9 s")
-    assert errors.count("\n") == 1, errors
+  (code, _, errors) = jobs[1]["missing"].end()[0]
+  assert code not in (0, None)
+  assert errors.startswith("error: process 1 did not start within 9 s")
+  assert errors.count("\n") == 1, errors
 
 
-@pytest.mark.parametrize(
-  ("name", "message"),
-  [
-    (
-      "config",
-      "`--seed` is 0 in process 0 and 7 in process 1; "
-      "`--optimizer.learning-rate` is 0.003 in process 0 and 0.5 in process 1",
-    ),
-    (
-      "data",
-      r"the training text is 7,.* tokens .checksum \w+. in process 0 and 7,.* in "
-      r"process 1; the validation text is .*; start all",
-    ),
-  ],
-)
-def test_processes_that_disagree_say_in_what(jobs, name, message):
-  for code, _, errors in jobs[1][name].end().values():
+def assert_disagreement(job: Job, pattern: str) -> None:
+  for code, _, errors in job.end().values():
     assert code == 2
-    assert re.match(f"error: the processes disagree: {message}", errors), errors
     assert errors.count("\n") == 1, errors
+    assert re.match(f"error: the processes disagree: {pattern}", errors), errors
 
 
-def test_killed_and_resumed_with_another_number_of_processes(jobs, undisturbed):
+def test_texts_that_differ_are_named(jobs):
+  pattern = (
+    r"the training text is \d,\d+ tokens .checksum \w+. in process 0 and "
+    r"\d,\d+ tokens .checksum \w+. in process 1; the validation text is .*; "
+    "start all of them with the same flags, files and versions"
+  )
+  assert_disagreement(jobs[1]["data"], pattern)
+
+
+def test_only_process_0_writes_and_prints(jobs):
+  folder, started = jobs
+  (code, out, errors), (other_code, other_out, other_errors) = (
+    started["undisturbed"].end().values()
+  )
+  assert (code, other_code) == (0, 0)
+  assert (errors, other_errors) == ("", "")
+  assert f"step {STEPS}/{STEPS}" in out
+  assert "done in" in out
+  # A library of JAX's writes a line itself.
+  assert not re.sub(r"\[Gloo\].*\n", "", other_out)
+  for name in ("summary.json", "figures/loss.png", "figures/head_load.png"):
+    assert (folder / "undisturbed" / name).stat().st_size
+  [_] = (folder / "undisturbed/tensorboard").iterdir()
+  assert_checkpoints_whole(folder / "undisturbed")
+
+
+def test_killed_and_resumed_with_another_number_of_processes(jobs):
   folder, started = jobs
   out = folder / "killed"
   told = started["killed"].end()
@@ -228,4 +244,205 @@ def test_killed_and_resumed_with_another_number_of_processes(jobs, undisturbed):
   assert "mesh       data=1,fsdp=2" in told[0][1]
   assert f"step {STEPS}/{STEPS}" not in told[0][1]
   assert 8 in assert_checkpoints_whole(out)
-  assert_same(run_here(out, resume=True), undisturbed)
+  resumed = run_here(out, resume=True)
+  assert_same(resumed, read_metrics(folder / "undisturbed"))
+
+
+# The long ones.
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(
+  ("count", "devices", "mesh", "victim", "then"),
+  [
+    (2, 1, "data=2", 0, 4),
+    (2, 1, "context=2", 1, 1),
+    (2, 1, "heads=2", 0, 1),
+    (2, 2, "data=2,fsdp=2", 1, 4),
+    (2, 2, "fsdp=2,heads=2", 0, 1),
+    (4, 1, "fsdp=4", 3, 2),
+    (4, 1, "data=2,context=2", 0, 2),
+    (4, 1, "context=2,heads=2", 2, 1),
+  ],
+)
+def test_any_mesh_any_victim_any_number_of_processes_after(
+  start, undisturbed, tmp_path, count, devices, mesh, victim, then
+):
+  out = tmp_path / "run"
+  flags = [*FLAGS, "--out", str(out), "--mesh", mesh]
+  job = start(*flags, count=count, devices=devices)
+  job.wait_for(out, 8)
+  job.send(victim, signal.SIGKILL)
+  assert_lost(job.end(), victim)
+  last = assert_checkpoints_whole(out)[-1]
+  resumed = start("--resume", str(out), count=then).end()
+  for code, _, errors in resumed.values():
+    assert (code, errors) == (0, "")
+  assert f"continuing after step {last}" in resumed[0][1]
+  assert_same(read_metrics(out), undisturbed)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+  return run_here(tmp_path_factory.mktemp("undisturbed") / "run")
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("victim", [0, 1])
+def test_as_patient_as_users_processes_within_a_minute(start, tmp_path, victim):
+  out = tmp_path / "run"
+  job = start(
+    *(*FLAGS, "--out", str(out), "--steps", "10000"), start_s=40, heartbeat_s=20
+  )
+  job.wait_for(out, 8)
+  job.send(victim, signal.SIGKILL)
+  began = time.monotonic()
+  assert_lost(job.end(), victim)
+  assert time.monotonic() - began < 60
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(
+  ("ids", "message"),
+  [
+    ((0, 2), "process 1 did not start within 40 s"),
+    ((0,), "processes 1 and 2 did not start within 40 s"),
+    ((1,), "process 0 did not answer at 127.0.0.1:\\d+ within 40 s"),
+  ],
+)
+def test_who_is_missing_is_told_within_a_minute(start, tmp_path, ids, message):
+  began = time.monotonic()
+  job = start(*FLAGS, "--out", str(tmp_path), count=3, ids=ids, start_s=40)
+  for code, _, errors in job.end().values():
+    assert code not in (0, None)
+    assert re.match(f"error: {message}", errors), errors
+    assert errors.count("\n") == 1, errors
+  assert time.monotonic() - began < 60
+
+
+@pytest.mark.exhaustive
+def test_flags_that_differ_are_named(start, tmp_path):
+  job = start(
+    *(*FLAGS, "--out", str(tmp_path / "run")),
+    own={1: ["--optimizer.learning-rate", "0.5", "--seed", "7"]},
+  )
+  pattern = (
+    "`--seed` is 0 in process 0 and 7 in process 1; `--optimizer.learning-rate`"
+    " is 0.003 in process 0 and 0.5 in process 1; start all"
+  )
+  assert_disagreement(job, pattern)
+  assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("asked", [0, 1])
+def test_sigterm_to_one_stops_all_politely(start, undisturbed, tmp_path, asked):
+  out = tmp_path / "run"
+  job = start(*FLAGS, "--out", str(out))
+  job.wait_for(out, 8)
+  job.send(asked, signal.SIGTERM)
+  told = job.end()
+  for code, _, errors in told.values():
+    assert (code, errors) == (0, "")
+  assert f"continue with --resume {out}" in told[0][1]
+  [last] = re.findall(r"SIGTERM: saved at step (\d+)", told[0][1])
+  assert saved_steps(out / "checkpoints")[-1] == int(last)
+  for code, _, errors in start("--resume", str(out)).end().values():
+    assert (code, errors) == (0, "")
+  assert_same(read_metrics(out), undisturbed)
+
+
+@pytest.mark.exhaustive
+def test_a_damaged_checkpoint_is_set_aside_by_one(start, undisturbed, tmp_path):
+  out = tmp_path / "run"
+  started = start(*FLAGS, "--out", str(out), "--steps", "16").end()
+  assert started[0][0] == 0, started
+  bad = out / "checkpoints/16"
+  file = max(bad.rglob("*"), key=lambda path: path.stat().st_size)
+  file.write_bytes(b"x" * file.stat().st_size)
+  resumed = start("--resume", str(out), "--steps", str(STEPS)).end()
+  for code, _, errors in resumed.values():
+    assert (code, errors) == (0, "")
+  assert "checkpoint 16 cannot be used" in resumed[0][1]
+  assert (out / "damaged/16").is_dir()
+  assert assert_checkpoints_whole(out)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_process_that_fails_tells_the_others_why(start, tmp_path, failing):
+  """Its files may not grow, as on a disk that is full."""
+  out = tmp_path / "run"
+  job = start(*FLAGS, "--out", str(out), "--steps", "10000", limited=failing)
+  told = job.end()
+  code, _, errors = told[failing]
+  assert code == 2
+  assert re.search("error: .*the file size limit is reached", errors), errors
+  assert errors.count("\n") == 1
+  code, _, errors = told[1 - failing]
+  assert code == 2
+  assert re.match(
+    f"error: process {failing} stopped: .*the file size limit", errors
+  ), errors
+  assert errors.count("\n") == 1
+
+
+@pytest.mark.exhaustive
+def test_a_defect_in_one_process_ends_all(start, tmp_path):
+  broken = tmp_path / "broken.py"
+  broken.write_text(
+    "import jax\n"
+    "from jaxheads.training import distributed, parse\n"
+    "with distributed.joined(parse().processes):\n"
+    "  if jax.process_index() == 1: 1 / 0\n"
+    "  distributed.everyone(None)\n"
+  )
+  told = start(script=broken).end()
+  assert told[1][0] == told[0][0] == 1
+  assert "ZeroDivisionError" in told[1][2]
+  assert told[0][2] == (
+    "error: process 1 stopped: ZeroDivisionError: division by zero\n"
+  )
+
+
+@pytest.mark.exhaustive
+def test_slurm_says_who_takes_part(start, tmp_path):
+  """What `srun` sets; no flags."""
+  port = free_port()
+  variables = {
+    process: {
+      "SLURM_JOB_ID": "123456",
+      "SLURM_STEP_NODELIST": "localhost",
+      "SLURM_NTASKS": "2",
+      "SLURM_PROCID": str(process),
+      "SLURM_LOCALID": str(process),
+      "JAX_COORDINATOR_PORT": str(port),
+    }
+    for process in (0, 1)
+  }
+  flags = [*FLAGS, "--out", str(tmp_path / "run"), "--steps", "2"]
+  told = start(*flags, variables=variables).end()
+  for code, _, errors in told.values():
+    assert (code, errors) == (0, "")
+  assert "devices    2 x cpu in 2 processes" in told[0][1]
+
+
+@pytest.mark.exhaustive
+def test_needles_are_found_alike(start, tmp_path):
+  results = []
+  for count in (1, 2):
+    out = tmp_path / str(count)
+    told = start(
+      *("--preset", "smoke", "--out", str(out)),
+      *("--model.implementation", "reference"),
+      script="needle.py",
+      count=count,
+      devices=2 // count,
+    ).end()
+    for code, _, errors in told.values():
+      assert (code, errors) == (0, "")
+    results.append(json.loads((out / "needle.json").read_text())["models"])
+    results.append(read_metrics(out / "s2"))
+  assert_same(results[3], results[1])
+  for name, model in results[0].items():
+    assert results[2][name]["exact"] == model["exact"]
