@@ -167,6 +167,8 @@ class Command:
   """Folder of the results."""
   resume: bool = False
   """Continue what `--out` holds, with the same flags."""
+  mesh: str | None = None
+  """How devices share the work, such as data=2,fsdp=4; see train_moh.py."""
   processes: Annotated[Processes, tyro.conf.arg(name="")] = dataclasses.field(
     default_factory=Processes
   )
@@ -202,6 +204,7 @@ def train_and_draw(command: Command) -> dict[str, Any]:
   import numpy as np
 
   from jaxheads.data import NEEDLE_VOCAB_SIZE
+  from jaxheads.sharding import parse_mesh
   from jaxheads.training import RunFolder, artefacts, devices, distributed
   from jaxheads.training.console import Reporter
   from jaxheads.training.job import told
@@ -215,7 +218,9 @@ def train_and_draw(command: Command) -> dict[str, Any]:
   sharded = dataclasses.replace(needle.model, max_seq_len=longest + 8).build(
     NEEDLE_VOCAB_SIZE
   )
-  distributed.agree(distributed.as_flags(record_of(needle)))
+  distributed.agree(
+    {**distributed.as_flags(record_of(needle)), "`--mesh`": command.mesh}
+  )
   writes = jax.process_index() == 0
   if writes:
     prepare(command)
@@ -246,6 +251,7 @@ def train_and_draw(command: Command) -> dict[str, Any]:
         depths=depths,
         resume=command.resume,
         reporter=reporter,
+        mesh_shape=parse_mesh(command.mesh, jax.device_count()),
       )
       accuracies[name] = accuracy
       results["models"][name] = {
@@ -348,6 +354,7 @@ def train_and_ask(
   depths: list[float],
   resume: bool,
   reporter: Any,
+  mesh_shape: Any,
 ) -> tuple[Any, float]:
   """Exact answers [lengths, depths] of one model, and the seconds it took."""
   import time
@@ -355,8 +362,8 @@ def train_and_ask(
   import jax
 
   from jaxheads.models import DecoderLM
-  from jaxheads.sharding import make_mesh, parse_mesh
-  from jaxheads.training import distributed, fit, signals
+  from jaxheads.sharding.placement import place_on
+  from jaxheads.training import devices, distributed, fit, signals
   from jaxheads.training.retrieval import retrieval_data
 
   longest = max(needle.lengths)
@@ -377,7 +384,8 @@ def train_and_ask(
   if not resume and jax.process_index() == 0:
     folder.create(config, model_config)
   folder.check_shared()
-  mesh = make_mesh(parse_mesh(None, jax.device_count()))
+  mesh = devices.model_mesh(mesh_shape, model_config)
+  model_config = place_on(mesh, model_config, longest)
   with signals.stop_on_signals() as stop, jax.set_mesh(mesh):
     _, state, retrieval = fit(
       config,

