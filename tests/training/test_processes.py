@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding
 
 from jaxheads.errors import UserError
 from jaxheads.sharding import MeshShape, make_mesh
-from jaxheads.training import devices, distributed, lost_hosts
+from jaxheads.training import devices, distributed, lost_hosts, run_folder
 from jaxheads.training.distributed import Processes
 
 AT = "host0:1234"
@@ -89,6 +89,21 @@ def test_one_task_of_slurm_keeps_all_its_devices(met, monkeypatch):
   slurm(monkeypatch, 1)
   distributed.initialise(Processes())
   assert not met
+
+
+def test_a_scheduler_that_cannot_be_read_is_told(met, monkeypatch, caplog):
+  slurm(monkeypatch, "all")
+  distributed.initialise(Processes())
+  assert not met
+  assert "cannot be read (invalid literal for int() with base 10: 'all'" in (
+    caplog.text
+  )
+
+
+def test_a_folder_that_is_not_shared(monkeypatch, tmp_path):
+  monkeypatch.setattr(run_folder, "_SHARED_WITHIN_S", 0.0)
+  with pytest.raises(UserError, match="not on storage that all processes share"):
+    run_folder.RunFolder(tmp_path).check_shared()
 
 
 @pytest.mark.parametrize(
