@@ -110,7 +110,8 @@ class RowTable:
     np.copyto(self.lengths, step.lengths, where=active[:, None])
     return new_pages
 
-  def listed(self, active: Bool[np.ndarray, " B"]) -> int:
-    """Pages that the active slots' rows hold, in the layer with most."""
+  def listed(self, active: Bool[np.ndarray, " B"], shards: int = 1) -> int:
+    """Pages of the active slots' rows, in the layer and shard with most."""
     pages = num_pages(self.lengths[:, active], self.page_size)
-    return int(pages.sum(axis=(1, 2)).max())
+    by_shard = pages.reshape(*pages.shape[:2], shards, -1)
+    return int(by_shard.sum(axis=(1, 3)).max())

@@ -15,6 +15,7 @@ class Uneven:
   window: int
   rings: bool = True
   knows_lengths = True
+  knows_heads = False
 
   def plan(self, length, budget, shape):
     rng = np.random.default_rng([self.seed, length, int(1e6 * budget)])
@@ -50,6 +51,7 @@ class Full:
 
   window: int = 1
   knows_lengths = True
+  knows_heads = True
 
   def plan(self, length, budget, shape):
     lengths = np.full(shape, length, np.int32)
@@ -67,6 +69,7 @@ class Blocks:
   window: int = 1
   sinks: int = 1
   knows_lengths = True
+  knows_heads = True  # Row j is head j's.
 
   def _most(self, shape):
     """Full pages that a row keeps when a token begins a page, [R, K]."""
