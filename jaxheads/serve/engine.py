@@ -132,6 +132,7 @@ class EngineStats:
     preemptions: So far.
     tokens_generated: So far.
     compilations: Programs compiled so far.
+    failed_replicas: Engines that serve no more, of several.
   """
 
   waiting: int
@@ -142,6 +143,7 @@ class EngineStats:
   preemptions: int
   tokens_generated: int
   compilations: int
+  failed_replicas: int = 0
 
 
 @dataclasses.dataclass(slots=True)
@@ -272,6 +274,15 @@ class Engine:
       raise ValueError(f"`id` must be unique, {request.id!r} is in use.")
     self._scheduler.add(request)
     self._live[request.id] = _Live(request)
+
+  def check(self, request: Request) -> None:
+    """Refuses what can never be served; any thread may ask.
+
+    Raises:
+      ValueError: The message says why.
+    """
+    self._check_prompt(request.prompt)
+    self._scheduler.check(request)
 
   def kept_fraction(self, request: Request) -> float:
     """Share of the prompt's tokens that heads keep: the effective budget.

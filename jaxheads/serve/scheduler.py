@@ -137,9 +137,25 @@ class Scheduler:
       ValueError: It can never run; the message says why.
       QueueFull: `max_waiting` requests wait already.
     """
-    length, answer = len(request.prompt), request.params.max_tokens
     if request.id in self._sequences:
       raise ValueError(f"`id` must be unique, {request.id!r} is in use.")
+    plan = self.check(request)
+    if self.is_full:
+      raise QueueFull(f"{len(self._waiting)} requests are waiting.")
+    blocks: tuple[bytes, ...] = ()
+    if self._prefix_sharing:
+      blocks = block_keys(request.prompt, self.page_size)
+    sequence = Sequence(request=request, plan=plan, blocks=blocks)
+    self._sequences[request.id] = sequence
+    self._waiting.append(sequence)
+
+  def check(self, request: Request) -> Plan:
+    """The plan of a request that may come; changes nothing.
+
+    Raises:
+      ValueError: It can never run; the message says why.
+    """
+    length, answer = len(request.prompt), request.params.max_tokens
     if not length:
       raise ValueError("`prompt` must hold at least one token.")
     if length + answer > self.max_length:
@@ -159,14 +175,7 @@ class Scheduler:
         f"{self.allocator.pages_in_shard}. Lower `budget` or `max_tokens`, or "
         "shorten the prompt."
       )
-    if self.is_full:
-      raise QueueFull(f"{len(self._waiting)} requests are waiting.")
-    blocks: tuple[bytes, ...] = ()
-    if self._prefix_sharing:
-      blocks = block_keys(request.prompt, self.page_size)
-    sequence = Sequence(request=request, plan=plan, blocks=blocks)
-    self._sequences[request.id] = sequence
-    self._waiting.append(sequence)
+    return plan
 
   @property
   def is_full(self) -> bool:

@@ -180,7 +180,7 @@ def test_policies(heads, policy, config, budget):
     # Pages of short numbers.
     (2, (None,), {}, None, dataclasses.replace(SMALL, dtype="int8")),
     (4, (None,), {}, ADA, dataclasses.replace(CHUNKED, dtype="int8")),
-    (2, (None,), dict(dtype="bfloat16"), None, SMALL),
+    (2, (None,), {}, None, dataclasses.replace(SMALL, dtype="bfloat16")),
   ],
 )
 def test_models(heads, plans, fields, policy, config):
