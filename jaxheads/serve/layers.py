@@ -147,7 +147,7 @@ def read_prompt(
   inputs = (_indices(model), prompt.prompt_pages, row_pages, layers)
   (x, pages), kept = model.scan_layers(layer, (x, pages), inputs)
   x = jax.lax.dynamic_slice_in_dim(x, prompt.count - 1, 1, axis=1)
-  return Reading(pages, model.logits(x)[0, 0], kept)
+  return Reading(pages, _logits(model, x)[0, 0], kept)
 
 
 def copy_rows(
@@ -238,7 +238,7 @@ def decode(
     rows.head_of_slot,
   )
   (x, pages), _ = model.scan_layers(layer, (x, pages), inputs)
-  return model.logits(x)[:, 0], pages
+  return _logits(model, x)[:, 0], pages
 
 
 class _LayerRows(NamedTuple):
@@ -342,6 +342,14 @@ def _feed_forward(
   """The second half of a layer; the residual stream is everywhere."""
   x = constrain(x, None, None, None)
   return constrain(x + block.mlp(block.mlp_norm(x)), None, None, None)
+
+
+def _logits(
+  model: DecoderLM, x: Float[Array, "B T D"]
+) -> Float[Array, "B T V"]:
+  """Logits, everywhere; devices exchange these, not their parts of a table."""
+  logits = constrain(model.logits(x), None, None, "vocab")
+  return constrain(logits, None, None, None)
 
 
 def _indices(model: DecoderLM) -> Int[Array, " R"]:

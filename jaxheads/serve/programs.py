@@ -18,7 +18,6 @@ from jaxheads.serve.layers import (
 )
 from jaxheads.serve.sampling import Sampled, Sampling, sample
 from jaxheads.serve.state import Rows
-from jaxheads.sharding import constrain
 
 
 class State(NamedTuple):
@@ -217,11 +216,6 @@ def _place(rows: Rows, placement: Placement, kept: Kept) -> Rows:
 def _sample(
   logits: Float[Array, "b V"], drawing: Drawing, index: Int[Array, " b"]
 ) -> Sampled:
-  # Every device draws: what it would exchange to share that takes longer.
   return sample(
-    constrain(logits, None, None),
-    drawing.sampling,
-    index,
-    drawing.in_prompt,
-    drawing.answer_counts,
+    logits, drawing.sampling, index, drawing.in_prompt, drawing.answer_counts
   )

@@ -1,23 +1,28 @@
 """What an engine runs compiles for chips that are not here, by our kernels."""
 
 import functools
+import math
+import re
 
 import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
+from jax.experimental import topologies
 
 from jaxheads.kvcache.names import make_policy
 from jaxheads.kvcache.pages import Pages
 from jaxheads.kvcache.policy import CacheShape
 from jaxheads.models import DecoderLM, ModelConfig
-from jaxheads.serve import programs
+from jaxheads.serve import device, placement, programs
 from jaxheads.serve.layers import Prompt
 from jaxheads.serve.programs import Drawing, Placement, Start, State, Step
 from jaxheads.serve.request import SamplingParams
 from jaxheads.serve.sampling import Sampling
 from jaxheads.serve.state import Rows
+from jaxheads.sharding import MeshShape, make_mesh, shardings
 from pallas_kernels import platform
+from pallas_kernels.aot import targets
 from tests.aot.test_compile import compile_for
 
 pytestmark = pytest.mark.compile
@@ -60,10 +65,10 @@ def model():
   return nnx.split(nnx.eval_shape(lambda: DecoderLM(config, rngs=nnx.Rngs(0))))
 
 
-def state_for(chip, dtype="bfloat16"):
+def state_for(chip, dtype="bfloat16", num_pages=1000):
   def make():
     return State(
-      Pages.empty(1000, 128, 128, dtype),
+      Pages.empty(num_pages, 128, 128, dtype),
       Rows.empty(SHAPE, SLOTS, LENGTH, 128),
       Drawing.idle(SLOTS, 256),
     )
@@ -96,6 +101,67 @@ def test_a_decoding_step(chip, model):
   assert any("paged_attention" in kernel for kernel in report.kernels)
   # The pool is not copied.
   assert report.temp_bytes < state.pages.nbytes / 4
+
+
+@pytest.mark.parametrize(
+  "chip",
+  [
+    "v5e",
+    *(
+      pytest.param(chip, marks=pytest.mark.exhaustive)
+      for chip in ("v5p", "v6e")
+    ),
+  ],
+)
+def test_a_decoding_step_of_four_chips(chip, model):
+  target = targets.find(chip)
+  compile_for(chip, lambda x: x, ints())  # Skips without the compiler.
+  topology = topologies.get_topology_desc(
+    platform="tpu", topology_name=target.topology
+  )
+  mesh = make_mesh(MeshShape(heads=4), list(topology.devices))
+
+  def place(tree, where):
+    return jax.tree.map(
+      lambda x, sharding: jax.ShapeDtypeStruct(
+        x.shape, x.dtype, sharding=sharding
+      ),
+      tree,
+      where,
+    )
+
+  graphdef, variables = model
+  variables = place(variables, shardings(variables, mesh))
+  state = state_for(chip, num_pages=4000)
+  told = Step(
+    ints(SLOTS),
+    ints(LAYERS, SLOTS, HEADS),
+    ints(LAYERS, SLOTS, HEADS),
+    ints(SLOTS),
+  )
+  state, told = (
+    place(x, placement.shardings(x, mesh)) for x in (state, told)
+  )
+  arguments = device._sizes((variables, state, told))
+  with platform.compiling_for("tpu"):
+    compiled = device._compile(
+      programs.step, graphdef, *arguments, (("entries", SLOTS * 8),), mesh
+    )
+  text = compiled.as_text()
+  assert "paged_attention" in text
+  # Each chip has its part of the pool, which is not copied.
+  pool = state.pages.nbytes / 4
+  memory = compiled.memory_analysis()
+  assert pool < memory.argument_size_in_bytes < 1.1 * pool
+  assert memory.temp_size_in_bytes < pool / 4
+  # What goes from chip to chip is about tokens: no pages, no table of words.
+  exchanged = [
+    math.prod(map(int, dims.split(",")))
+    for dims in re.findall(
+      r"= \w+\[([\d,]+)\]\S* (?:all-|collective-|reduce-)", text
+    )
+  ]
+  assert exchanged and max(exchanged) <= SLOTS * 256
 
 
 @pytest.mark.parametrize("chip", CHIPS)
