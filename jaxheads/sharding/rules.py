@@ -37,7 +37,6 @@ _PARAMETERS: tuple[tuple[str, tuple[str | None, ...]], ...] = (
   (r"(key|value)/kernel", ("embed", "kv_heads", None)),
   (r"(key|value)/bias", ("kv_heads", None)),
   (r"out/kernel", ("heads", None, "embed")),
-  (r"router_(routed|kind|shared)", ("embed", None)),
   (r"(gate|up)/kernel", ("embed", "mlp")),
   (r"down/kernel", ("mlp", "embed")),
 )
