@@ -35,6 +35,10 @@ class ByShard(Policy):
     return self.policy.knows_lengths and self.policy.knows_heads
 
   @property
+  def places_early(self) -> bool:
+    return self.policy.places_early
+
+  @property
   def knows_heads(self) -> bool:
     return self.policy.knows_heads
 
@@ -85,19 +89,16 @@ class ByShard(Policy):
     return x.reshape(len(x), self.shards, -1)
 
 
-def rings_of(
-  plan: Plan, lengths: Int[np.ndarray, "R K"], heads: Int[np.ndarray, "R K"]
-) -> Int[np.ndarray, "R K"]:
+def rings_of(by_rank: Any, lengths: Any, heads: Any, xp: Any = np) -> Any:
   """Rings of a prompt's row slots, now that it is known whose they are.
 
   Args:
-    plan: Of the prompt.
-    lengths: Tokens that each row slot keeps.
+    by_rank: `Plan.rings_by_rank`.
+    lengths: Tokens that each row slot keeps, [R, K].
     heads: The KV head of each.
+    xp: `numpy`, or `jax.numpy` for JAX arrays.
   """
-  if plan.rings_by_rank is None:
-    return plan.rings
-  by_head = np.take_along_axis(lengths, np.argsort(heads, axis=-1), axis=-1)
-  rank = np.argsort(np.argsort(-by_head, axis=-1, kind="stable"), axis=-1)
-  rings = np.take_along_axis(plan.rings_by_rank, rank, axis=-1)
-  return np.take_along_axis(rings, heads, axis=-1)
+  by_head = xp.take_along_axis(lengths, xp.argsort(heads, axis=-1), axis=-1)
+  rank = xp.argsort(xp.argsort(-by_head, axis=-1, stable=True), axis=-1)
+  rings = xp.take_along_axis(by_rank, rank, axis=-1)
+  return xp.take_along_axis(rings, heads, axis=-1)

@@ -88,6 +88,15 @@ class Policy(Protocol):
     return True
 
   @property
+  def places_early(self) -> bool:
+    """Whether rows have pages for `Plan.lengths` as soon as a prompt is read.
+
+    Then its survivors go there at once, and what exact lengths leave is given
+    back. Else they stay in the prompt's pages until lengths are known.
+    """
+    return self.knows_lengths
+
+  @property
   def knows_heads(self) -> bool:
     """Whether `plan` tells whose rows are long: all are alike, or `heads` says.
 

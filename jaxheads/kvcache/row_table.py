@@ -58,6 +58,25 @@ class RowTable:
     self.pages[:, slot, :, :most] = mine
     return mine
 
+  def settle(
+    self,
+    slot: int,
+    lengths: Int[np.ndarray, "R K"],
+    rings: Int[np.ndarray, "R K"],
+  ) -> Int[np.ndarray, " n"]:
+    """Exact lengths and rings of a slot placed by bounds; what pages are over.
+
+    Devices may still name these pages, after the last one of a row.
+    """
+    rows = self.pages[:, slot]
+    at = np.arange(rows.shape[-1])
+    over = (rows > 0) & (at >= num_pages(lengths, self.page_size)[..., None])
+    pages = rows[over]
+    rows[over] = 0
+    self.lengths[:, slot] = lengths
+    self.rings[:, slot] = rings
+    return pages
+
   def clear(self, slot: int) -> Int[np.ndarray, " n"]:
     """Empties a slot; returns the pages it had."""
     rows = self.pages[:, slot]

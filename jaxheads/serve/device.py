@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
 from jaxheads.kvcache.pages import Pages
-from jaxheads.kvcache.policy import CacheShape, Policy
+from jaxheads.kvcache.policy import CacheShape, Plan, Policy
 from jaxheads.kvcache.rows import num_pages as pages_for
 from jaxheads.models.decoder import DecoderLM
 from jaxheads import sharding
@@ -171,13 +171,12 @@ class Device:
 
   def compile_all(self) -> None:
     """Compiles whatever `run` may need."""
-    known = self._policy.knows_lengths
-    layers = self._policy.plan(1, 1.0, self._shape).layers
-    nothing = np.zeros(self._shape, np.int32)
+    early = self._policy.places_early
+    plan = self._policy.plan(1, 1.0, self._shape)
     for size in self._prompt_sizes():
       pages = np.zeros((*self._shape, size // self._page_size), np.int32)
-      rows = _placement(0, pages, nothing, 0)
-      in_pages = self._chunk is not None or not known
+      rows = _placement(0, pages, plan, 0)
+      in_pages = self._chunk is not None or not early
       prompt = _prompt(
         (),
         0,
@@ -188,17 +187,18 @@ class Device:
         self._state,
         prompt,
         self._start(0, Request(id="", prompt=(0,))),
-        layers,
-        rows if known else None,
+        plan.layers,
+        rows if early else None,
         policy=self._policy,
       )
       if self._chunk is not None:
         self._read_on.prepare(self._state, prompt)
-      if not known:
+      if not early:
         # Arrays, because programs are told apart by where these are, too.
         heads = jnp.zeros(self._shape, jnp.int32)
         keep = jnp.zeros((*self._shape, size), bool)
         kept = Kept(keep, heads, heads)
+        rows = rows._replace(rings_by_rank=None)
         if self._mesh is not None:
           kept = jax.device_put(kept, placement.shardings(kept, self._mesh))
         self._place_rows.prepare(self._state, kept, pages, rows)
@@ -229,7 +229,7 @@ class Device:
       rows = _placement(
         prefill.slot,
         self._pages(prefill.row_pages, size // self._page_size),
-        prefill.plan.rings,
+        prefill.plan,
         end,
       )
     self._state, sampled, kept = self._finish_prompt(
@@ -256,7 +256,7 @@ class Device:
       _placement(
         compact.slot,
         self._pages(compact.row_pages, most),
-        compact.plan.rings,
+        compact.plan,
         length,
       ),
     )
@@ -414,7 +414,9 @@ def _prompt(
 def _placement(
   slot: int,
   pages: Int[np.ndarray, "R K m"],
-  rings: Int[np.ndarray, "R K"],
+  plan: Plan,
   length: int,
 ) -> Placement:
-  return Placement(np.int32(slot), pages, rings, np.int32(length))
+  return Placement(
+    np.int32(slot), pages, plan.rings, np.int32(length), plan.rings_by_rank
+  )

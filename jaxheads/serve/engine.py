@@ -446,7 +446,7 @@ class Engine:
       live = self._live.get(name)
       if live is not None:
         live.head_of_slot = outputs.head_of_slot
-        if prefill.row_pages is None:
+        if not self._policy.knows_lengths:
           self._scheduler.set_lengths(
             name, outputs.lengths, outputs.head_of_slot
           )

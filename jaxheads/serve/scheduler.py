@@ -56,7 +56,8 @@ class Scheduler:
     max_batch: Sequence slots B.
     max_length: Tokens of prompt and answer, at most.
     max_waiting: Requests that wait, at most.
-    policy: What rows keep. `plan`, `window`, `knows_lengths` and `drops` are
+    policy: What rows keep. `plan`, `window`, `drops`, `knows_lengths` and
+      `places_early` are
       used.
     budget: Of requests that name none, in (0, 1].
     chunk: Tokens of a prompt to read in a turn; `None` is all.
@@ -96,7 +97,7 @@ class Scheduler:
       if value is not None and value < least:
         raise ValueError(f"`{name}` must be at least {least}, got {value}.")
     _check_budget(budget)
-    uses_prompt_pages = chunk is not None or not policy.knows_lengths
+    uses_prompt_pages = chunk is not None or not policy.places_early
     if prefix_sharing and not uses_prompt_pages:
       raise ValueError(
         "`prefix_sharing` needs prompt pages; set `chunk`, the tokens of a "
@@ -237,14 +238,17 @@ class Scheduler:
       return
     plan = sequence.plan
     lengths, rings = np.asarray(lengths, np.int32), plan.rings
-    if heads is not None:
-      rings = rings_of(plan, lengths, heads)
+    if plan.rings_by_rank is not None:
+      rings = rings_of(plan.rings_by_rank, lengths, heads)
+      plan = plan._replace(heads=heads, rings_by_rank=None)
     check_rows(lengths, rings, self.shape, sequence.length, self._shards)
     if (lengths > plan.lengths).any():
       raise ValueError("Lengths of rows exceed the bounds of the plan.")
-    if plan.rings_by_rank is not None:
-      plan = plan._replace(heads=heads)
     sequence.settled = plan._replace(lengths=lengths, rings=rings)
+    if self._policy.places_early:
+      over = self.rows.settle(sequence.slot, lengths, rings)
+      self.allocator.free(over)
+      sequence.state = State.RUNNING
 
   # What the device does next.
 
@@ -355,13 +359,14 @@ class Scheduler:
     in_order[np.argsort(where, kind="stable")] = pages
     return in_order
 
-  def _place_rows(self, sequence: Sequence) -> Int[np.ndarray, "R K m"]:
-    """Gives a sequence its rows; their lengths must be known."""
-    plan = sequence.settled
-    assert plan is not None
+  def _place_rows(
+    self, sequence: Sequence, plan: Plan
+  ) -> Int[np.ndarray, "R K m"]:
+    """Gives a sequence its rows; their lengths may be bounds."""
     counts = num_pages(plan.lengths, self.page_size)
     pages = self._allocate(np.repeat(self._shard_of_row, counts.reshape(-1)))
-    sequence.state = State.RUNNING
+    is_settled = sequence.settled is not None
+    sequence.state = State.RUNNING if is_settled else State.SETTLING
     return self.rows.place(sequence.slot, plan.lengths, plan.rings, pages)
 
   # Ends, and what they leave.
@@ -413,6 +418,7 @@ class Scheduler:
   # Rows of prompts whose lengths came late.
 
   def _is_settled(self, sequence: Sequence) -> bool:
+    # Rows that were placed early run as soon as they are settled.
     return sequence.state is State.SETTLING and sequence.settled is not None
 
   def _compact(self, sequence: Sequence) -> Compact:
@@ -423,7 +429,7 @@ class Scheduler:
       request=sequence.request,
       plan=sequence.settled,
       prompt_pages=sequence.prompt_pages,
-      row_pages=self._place_rows(sequence),
+      row_pages=self._place_rows(sequence, sequence.settled),
     )
 
   # Decoding.
@@ -552,7 +558,7 @@ class Scheduler:
     if self._uses_prompt_pages:
       blocks = num_pages(sequence.length, self.page_size) - shared
     needs = self._reserve(sequence) + self._heads * blocks // self._shards
-    if self._policy.knows_lengths:
+    if self._policy.places_early:
       needs = needs + self._row_pages(sequence.plan.lengths)
     if (needs > self._available - idle // self._shards).any():
       return None
@@ -585,7 +591,7 @@ class Scheduler:
     reserve = self._growing_rows(sequence.plan)
     for other in self._active:
       reserve = reserve + self._growing_rows(other.settled or other.plan)
-      if other.state is State.SETTLING:
+      if other.state is State.SETTLING and not self._policy.places_early:
         reserve = reserve + self._row_pages(other.plan.lengths)
     return reserve
 
@@ -596,10 +602,10 @@ class Scheduler:
     count = (left - 1) % size + 1  # Chunks end with the prompt.
     last = count == left
     row_pages = None
-    if last and sequence.settled is not None:
-      if (self._rows_of(sequence) > self._available).any():
+    if last and self._policy.places_early:
+      if (self._row_pages(sequence.plan.lengths) > self._available).any():
         return None
-      row_pages = self._place_rows(sequence)
+      row_pages = self._place_rows(sequence, sequence.plan)
     elif last:
       sequence.state = State.SETTLING
     emit = last and not sequence.scheduled

@@ -73,12 +73,23 @@ class FakeDevice:
       self._read_chunk(part, end, length)
     assert part.last == (end == length)
     assert not (part.emit and not part.last)
-    if part.row_pages is not None:
-      assert part.last
-      self._fill_rows(slot, part.plan, part.row_pages)
-    elif part.last:
-      assert not self.policy.knows_lengths
+    if part.last and not self.policy.knows_lengths:
       found.append((request.id, *self._found(part, length)))
+    if part.row_pages is not None:
+      assert part.last and self.policy.places_early
+      plan, row_pages = part.plan, part.row_pages
+      if not self.policy.knows_lengths:
+        lengths, rings = self.truth[request.id]
+        # There is a page for all that is allowed.
+        held = -(-plan.lengths // self.page)[..., None]
+        at = np.arange(row_pages.shape[-1])
+        assert ((row_pages > 0) == (at < held)).all()
+        plan = plan._replace(lengths=lengths, rings=rings)
+        used = -(-lengths // self.page)[..., None]
+        row_pages = np.where(at < used, row_pages, 0)
+      self._fill_rows(slot, plan, row_pages)
+    elif part.last:
+      assert not self.policy.places_early
     if part.last:
       self.names[slot] = request.id
       self.written[slot] = 0
@@ -150,6 +161,7 @@ class FakeDevice:
     assert (cells[..., : labels.shape[-1]] == labels).all(), "prompt pages"
 
   def _compact(self, part, new, found):
+    assert not self.policy.places_early
     labels = self._prompt_labels(part.request)
     self._check_prompt(part.prompt_pages, labels)
     assert self.names[part.slot] == part.request.id

@@ -179,6 +179,8 @@ def test_policies(heads, policy, config, budget):
     (2, (None, ROUTED), dict(num_kv_heads=2), TASK_KV, SMALL),
     # Pages of short numbers.
     (2, (None,), {}, None, dataclasses.replace(SMALL, dtype="int8")),
+    (2, (None,), {}, TASK_KV, dataclasses.replace(SMALL, dtype="int8")),
+    (4, (None,), {}, ROLL, dataclasses.replace(CHUNKED, dtype="int8")),
     (4, (None,), {}, ADA, dataclasses.replace(CHUNKED, dtype="int8")),
     (2, (None,), {}, None, dataclasses.replace(SMALL, dtype="bfloat16")),
   ],

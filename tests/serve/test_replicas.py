@@ -281,7 +281,7 @@ def test_the_meshes_of_replicas():
   assert found == [list(mesh.devices[n].flat) for n in range(2)]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_two_engines_on_two_devices():
   model = model_of(None)
   mesh = make_mesh(MeshShape(data=2), jax.devices()[:2])

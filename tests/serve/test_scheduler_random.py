@@ -42,7 +42,9 @@ def test_random_operations():
   check_coverage(play_many(range(40), 100))
 
 
-@pytest.mark.parametrize("shards", [2, 3])
+@pytest.mark.parametrize(
+  "shards", [2, pytest.param(3, marks=pytest.mark.exhaustive)]
+)
 def test_random_operations_over_several_devices(shards):
   check_coverage(play_many(range(40), 100, shards))
 

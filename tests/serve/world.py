@@ -40,7 +40,7 @@ class World:
     if rng.random() < 0.6:
       chunk = window + int(rng.integers(0, 6))
     sharing = bool(rng.random() < 0.6)
-    sharing &= chunk is not None or not policy.knows_lengths
+    sharing &= chunk is not None or not policy.places_early
     heads = shape.num_layers * shape.num_kv_heads // shards
     # From a pool that one long request may fill, to one for several.
     longest = heads * -(-max_length // page)
@@ -275,8 +275,10 @@ class World:
   def _check_rows(self, active):
     rows = self.scheduler.rows
     has_rows = np.zeros(len(self.scheduler._slots), bool)
+    early = self.scheduler._policy.places_early
     for sequence in active:
       if sequence.state is not State.RUNNING:
+        has_rows[sequence.slot] = early and sequence.state is State.SETTLING
         continue
       has_rows[sequence.slot] = True
       if self.queue:
