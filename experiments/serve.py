@@ -220,7 +220,7 @@ def serve(options: Options) -> int:
   note(
     f"{run}, step {step}: {config.num_params:,} parameters, policy "
     f"{options.policy}, budget {options.budget:g}, "
-    f"{engine.stats().pages_total:,} pages, {shape.data} x {shape.heads} devices"
+    f"{engine.stats().pages_total:,} pages, devices: {shape}"
   )
   if options.warm_up:
     note(f"{engine.warm_up()} programs compiled")

@@ -56,14 +56,12 @@ class ByShard(Policy):
     )
     order = np.argsort(-lengths, axis=-1, kind="stable")
     first = np.arange(self.shards)[:, None] * lengths.shape[-1]
-    return Plan(
-      *(
-        np.take_along_axis(x, order, axis=-1).reshape(shape)
-        for x in (lengths, rings)
-      ),
-      plan.layers,
-      (order + first).reshape(shape).astype(np.int32),
+    lengths, rings = (
+      np.take_along_axis(x, order, axis=-1).reshape(shape)
+      for x in (lengths, rings)
     )
+    heads = (order + first).reshape(shape).astype(np.int32)
+    return Plan(lengths, rings, plan.layers, heads)
 
   def keep(
     self, window: LayerWindow, layer: dict[str, Any]

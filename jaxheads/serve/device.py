@@ -12,11 +12,11 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
+from jaxheads import sharding
 from jaxheads.kvcache.pages import Pages
 from jaxheads.kvcache.policy import CacheShape, Plan, Policy
 from jaxheads.kvcache.rows import num_pages as pages_for
 from jaxheads.models.decoder import DecoderLM
-from jaxheads import sharding
 from jaxheads.serve import placement, programs
 from jaxheads.serve.buckets import bucket, buckets, power_of_two
 from jaxheads.serve.layers import Kept, Prompt
@@ -175,7 +175,7 @@ class Device:
     plan = self._policy.plan(1, 1.0, self._shape)
     for size in self._prompt_sizes():
       pages = np.zeros((*self._shape, size // self._page_size), np.int32)
-      rows = _placement(0, pages, plan, 0)
+      placed = _placement(0, pages, plan, 0)
       in_pages = self._chunk is not None or not early
       prompt = _prompt(
         (),
@@ -188,7 +188,7 @@ class Device:
         prompt,
         self._start(0, Request(id="", prompt=(0,))),
         plan.layers,
-        rows if early else None,
+        placed if early else None,
         policy=self._policy,
       )
       if self._chunk is not None:
@@ -198,10 +198,10 @@ class Device:
         heads = jnp.zeros(self._shape, jnp.int32)
         keep = jnp.zeros((*self._shape, size), bool)
         kept = Kept(keep, heads, heads)
-        rows = rows._replace(rings_by_rank=None)
+        settled = placed._replace(rings_by_rank=None)
         if self._mesh is not None:
           kept = jax.device_put(kept, placement.shardings(kept, self._mesh))
-        self._place_rows.prepare(self._state, kept, pages, rows)
+        self._place_rows.prepare(self._state, kept, pages, settled)
     for slots in self._batch_sizes():
       rows = (self._shape.num_layers, slots, self._shape.num_kv_heads)
       each = np.zeros(slots, np.int32)

@@ -18,8 +18,8 @@ from jaxheads.kvcache.pages import QUANTISED
 from jaxheads.kvcache.policy import CacheShape, Policy
 from jaxheads.models.config import ModelConfig
 from jaxheads.models.decoder import DecoderLM
-from jaxheads.serve.buckets import power_of_two
 from jaxheads.serve import shards
+from jaxheads.serve.buckets import power_of_two
 from jaxheads.serve.device import Device, Memory, Outputs
 from jaxheads.serve.request import Event, FinishReason, Request
 from jaxheads.serve.scheduler import Scheduler

@@ -197,9 +197,10 @@ def decode(
   """
   positions = rows.positions - 1  # Counted already.
   by_row = shards.ROWS_OF_SLOTS
+  layer_rows = _LayerRows(*[by_row] * 5)
   append = shards.over_heads(
     _append,
-    (shards.PAGES, _LayerRows(*[by_row] * 5), shards.EVERYWHERE, by_row, by_row),
+    (shards.PAGES, layer_rows, shards.EVERYWHERE, by_row, by_row),
     shards.PAGES,
   )
 
@@ -217,7 +218,7 @@ def decode(
         functools.partial(_attend_to_rows, entries=entries),
         (
           shards.PAGES,
-          _LayerRows(*[by_row] * 5),
+          layer_rows,
           shards.EVERYWHERE,
           shards.QUERIES,
           shards.QUERIES,

@@ -193,7 +193,8 @@ class Replicas:
 
   def _ask(self, question: Callable[[Replica], _T], answers: list[_T]) -> None:
     """Updates the answers of the engines that work, and have time for it."""
-    asked = {n: self._workers[n].ask(question) for n in self._dispatcher.working}
+    working = self._dispatcher.working
+    asked = {n: self._workers[n].ask(question) for n in working}
     until = time.monotonic() + _ANSWER_S
     for number, answer in asked.items():
       with contextlib.suppress(Exception):  # It is news, too.

@@ -58,7 +58,7 @@ def over_heads(
 
 
 def first_head(local: int) -> Any:
-  """Inside of `over_heads`: the first of the `local` KV heads of this device."""
+  """Inside of `over_heads`: the first of this device's `local` KV heads."""
   if axis_size("heads") == 1:
     return 0
   return jax.lax.axis_index("heads") * local

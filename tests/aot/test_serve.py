@@ -139,9 +139,7 @@ def test_a_decoding_step_of_four_chips(chip, model):
     ints(LAYERS, SLOTS, HEADS),
     ints(SLOTS),
   )
-  state, told = (
-    place(x, placement.shardings(x, mesh)) for x in (state, told)
-  )
+  state, told = (place(x, placement.shardings(x, mesh)) for x in (state, told))
   arguments = device._sizes((variables, state, told))
   with platform.compiling_for("tpu"):
     compiled = device._compile(

@@ -149,7 +149,10 @@ def test_replicas_of_two_devices(runs):
     (["--mesh", "heads=4"], "heads=4 does not divide the model's 2"),
     (["--mesh", "heads=3"], "heads=2 fits: `--mesh heads=2`"),
     (["--mesh", "data=2"], "fsdp must be 1 to serve, got 4 (the devices that"),
-    (["--mesh", "data=4,context=2"], "context must be 1 to serve, got 2: a turn"),
+    (
+      ["--mesh", "data=4,context=2"],
+      "context must be 1 to serve, got 2: a turn",
+    ),
     (["--mesh", "context=2"], "the nearest is `--mesh data=8,heads=1`"),
     (["--mesh", "rows=2"], "of data, fsdp, context, heads; got 'rows=2'"),
     (["--port", "70000"], "`--port` must be in [0, 65535]"),

@@ -113,7 +113,7 @@ class FakeDevice:
     for many, mine, rank in zip(lengths, plan.rings, order, strict=True):
       by_head.append(many[rank])
       # Among equals, the lowest head comes first.
-      ranked = sorted(range(len(rank)), key=lambda head: (-many[rank[head]], head))
+      ranked = sorted(range(len(rank)), key=lambda h, m=many[rank]: (-m[h], h))
       rings.append([mine[ranked.index(head)] for head in range(len(rank))])
     by_head, rings = np.array(by_head), np.array(rings)
     each = self.shape[1] // self.shards
@@ -123,7 +123,8 @@ class FakeDevice:
           head
           for shard in range(self.shards)
           for head in sorted(
-            range(shard * each, (shard + 1) * each), key=lambda h: (-row[h], h)
+            range(shard * each, (shard + 1) * each),
+            key=lambda h, row=row: (-row[h], h),
           )
         ]
         for row in by_head

@@ -14,9 +14,7 @@ def request(name):
 
 
 def with_requests(names, replicas=2, capacity=2, max_waiting=99):
-  dispatcher = Dispatcher(
-    replicas, capacity=capacity, max_waiting=max_waiting
-  )
+  dispatcher = Dispatcher(replicas, capacity=capacity, max_waiting=max_waiting)
   for name in names:
     dispatcher.add(request(name))
   return dispatcher
@@ -131,15 +129,13 @@ def play(seed, operations=300):
         held[owner][name] = True
         done["cancelled"] += 1
     else:
-      lost = [name for name, cancelled in held[replica].items() if not cancelled]
+      lost = [name for name, gone in held[replica].items() if not gone]
       assert dispatcher.fail(replica) == lost
       held[replica] = {}
       failed.add(replica)
       done["lost"] += len(lost)
     assert dispatcher.num_waiting == len(queue)
-    assert dispatcher.working == [
-      n for n in range(replicas) if n not in failed
-    ]
+    assert dispatcher.working == [n for n in range(replicas) if n not in failed]
     assert dispatcher.is_idle == (not queue and not any(held))
     for n, mine in enumerate(held):
       for name, cancelled in mine.items():

@@ -217,9 +217,7 @@ def test_preempted_when_the_pages_of_one_device_are_short():
 @pytest.mark.parametrize("policy", [None, TASK_KV])
 def test_nothing_is_compiled_after_warming_up(policy):
   config = dataclasses.replace(SMALL, max_length=32)
-  engine = Engine(
-    model_of(None), policy=policy, config=config, mesh=mesh_of(2)
-  )
+  engine = Engine(model_of(None), policy=policy, config=config, mesh=mesh_of(2))
   count = engine.warm_up()
   engine.generate(requests_of((3, 16, 20), 12, budget=0.5))
   assert engine.stats().compilations == count
