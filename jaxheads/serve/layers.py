@@ -372,7 +372,10 @@ def _continue(
   first = jnp.minimum(start // page, numbers.shape[1] - touched)
   zero = jnp.zeros_like(first)
   both = []
-  for old, new in zip(pages.gather(numbers), (k, v), strict=True):
+  # Gathered once: a GPU's compiler would do it again after the pool has been
+  # written, and keep a copy of it for that.
+  so_far = jax.lax.optimization_barrier(pages.gather(numbers))
+  for old, new in zip(so_far, (k, v), strict=True):
     # New pages hold what others left there, which even without weight in the
     # attention may be NaN. Padding may reach past the last page.
     old = jnp.where((jnp.arange(room) < start)[:, None], old, 0)

@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 from jax.experimental import topologies
 
+from jaxheads.kvcache.by_shard import ByShard
 from jaxheads.kvcache.names import make_policy
 from jaxheads.kvcache.pages import Pages
 from jaxheads.kvcache.policy import CacheShape
@@ -103,65 +104,6 @@ def test_a_decoding_step(chip, model):
   assert report.temp_bytes < state.pages.nbytes / 4
 
 
-@pytest.mark.parametrize(
-  "chip",
-  [
-    "v5e",
-    *(
-      pytest.param(chip, marks=pytest.mark.exhaustive)
-      for chip in ("v5p", "v6e")
-    ),
-  ],
-)
-def test_a_decoding_step_of_four_chips(chip, model):
-  target = targets.find(chip)
-  compile_for(chip, lambda x: x, ints())  # Skips without the compiler.
-  topology = topologies.get_topology_desc(
-    platform="tpu", topology_name=target.topology
-  )
-  mesh = make_mesh(MeshShape(heads=4), list(topology.devices))
-
-  def place(tree, where):
-    return jax.tree.map(
-      lambda x, sharding: jax.ShapeDtypeStruct(
-        x.shape, x.dtype, sharding=sharding
-      ),
-      tree,
-      where,
-    )
-
-  graphdef, variables = model
-  variables = place(variables, shardings(variables, mesh))
-  state = state_for(chip, num_pages=4000)
-  told = Step(
-    ints(SLOTS),
-    ints(LAYERS, SLOTS, HEADS),
-    ints(LAYERS, SLOTS, HEADS),
-    ints(SLOTS),
-  )
-  state, told = (place(x, placement.shardings(x, mesh)) for x in (state, told))
-  arguments = device._sizes((variables, state, told))
-  with platform.compiling_for("tpu"):
-    compiled = device._compile(
-      programs.step, graphdef, *arguments, (("entries", SLOTS * 8),), mesh
-    )
-  text = compiled.as_text()
-  assert "paged_attention" in text
-  # Each chip has its part of the pool, which is not copied.
-  pool = state.pages.nbytes / 4
-  memory = compiled.memory_analysis()
-  assert pool < memory.argument_size_in_bytes < 1.1 * pool
-  assert memory.temp_size_in_bytes < pool / 4
-  # What goes from chip to chip is about tokens: no pages, no table of words.
-  exchanged = [
-    math.prod(map(int, dims.split(",")))
-    for dims in re.findall(
-      r"= \w+\[([\d,]+)\]\S* (?:all-|collective-|reduce-)", text
-    )
-  ]
-  assert exchanged and max(exchanged) <= SLOTS * 256
-
-
 @pytest.mark.parametrize("chip", CHIPS)
 def test_a_chunk_of_a_prompt(chip, model):
   state = state_for(chip)
@@ -191,3 +133,109 @@ def test_a_whole_prompt(chip, model):
     Placement(ints(), ints(*SHAPE, LENGTH // 128), ints(*SHAPE), ints()),
   )
   assert any("head_attention" in kernel for kernel in report.kernels)
+
+
+# Four devices that share the heads, a KV head each.
+
+
+def four(chip):
+  """A mesh of four such chips."""
+  target = targets.find(chip)
+  compile_for(chip, lambda x: x, ints())  # Skips without the compiler.
+  described = {}
+  if target.platform == "gpu":
+    text = (targets.GPU_TARGETS / target.target).read_text("utf-8")
+    described = {"topology": "1x4x1", "target_config": text}
+  topology = topologies.get_topology_desc(
+    platform="cuda" if target.platform == "gpu" else "tpu",
+    topology_name=target.topology,
+    **described,
+  )
+  return make_mesh(MeshShape(heads=4), list(topology.devices))
+
+
+def compile_for_four(chip, model, run, *args, **static):
+  """The program and its text; checks what must hold of every one."""
+  mesh = four(chip)
+
+  def place(tree, where):
+    return jax.tree.map(
+      lambda x, sharding: jax.ShapeDtypeStruct(
+        x.shape, x.dtype, sharding=sharding
+      ),
+      tree,
+      where,
+    )
+
+  graphdef, variables = model
+  variables = place(variables, shardings(variables, mesh))
+  state = state_for(chip, num_pages=4000)
+  args = abstract((state, *args))
+  leaves, tree = device._sizes(
+    (variables, *place(args, placement.shardings(args, mesh)))
+  )
+  with platform.compiling_for(targets.find(chip).platform):
+    compiled = device._compile(
+      run, graphdef, leaves, tree, tuple(static.items()), mesh
+    )
+  # Each chip has its part of the pool, which is not copied.
+  pool = state.pages.nbytes / 4
+  memory = compiled.memory_analysis()
+  assert pool < memory.argument_size_in_bytes < 1.1 * pool
+  assert memory.temp_size_in_bytes < pool / 4
+  return compiled.as_text()
+
+
+def exchanged(text):
+  """Numbers in the arrays that go from chip to chip."""
+  found = re.findall(
+    r"= \(?\w+\[([\d,]+)\].* (?:all-|collective-|reduce-)", text
+  )
+  return [math.prod(map(int, dims.split(","))) for dims in found]
+
+
+FOUR_CHIPS = [
+  "v5e",
+  *(
+    pytest.param(chip, marks=pytest.mark.exhaustive)
+    for chip in ("v5p", "v6e", "sm_90")
+  ),
+]
+
+
+@pytest.mark.parametrize("chip", FOUR_CHIPS)
+def test_a_decoding_step_of_four_chips(chip, model):
+  told = Step(
+    ints(SLOTS),
+    ints(LAYERS, SLOTS, HEADS),
+    ints(LAYERS, SLOTS, HEADS),
+    ints(SLOTS),
+  )
+  text = compile_for_four(chip, model, programs.step, told, entries=SLOTS * 8)
+  assert "paged_attention" in text
+  # About tokens: no pages, no table of words.
+  assert 0 < max(exchanged(text)) <= SLOTS * 256
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("chip", ["v5e", "sm_90"])
+def test_a_prompt_of_four_chips(chip, model):
+  policy = ByShard(policy=make_policy("task_kv"), shards=4)
+  plan = policy.plan(LENGTH, 0.4, SHAPE)
+  rows = ints(*SHAPE, LENGTH // 128)
+  text = compile_for_four(
+    chip,
+    model,
+    programs.finish_prompt,
+    Prompt(ints(256), ints(), ints(), rows),
+    Start(
+      ints(),
+      abstract(Sampling.of(SamplingParams())),
+      jax.ShapeDtypeStruct((256,), bool),
+    ),
+    abstract(plan.layers),
+    Placement(ints(), rows, ints(*SHAPE), ints(), ints(*SHAPE)),
+    policy=policy,
+  )
+  assert "head_attention" in text
+  assert 0 < max(exchanged(text)) < 128 * 128 * 8
