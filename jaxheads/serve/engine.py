@@ -223,7 +223,7 @@ class Engine:
         f"`jaxheads.kvcache.make_policy('task_kv')`, got {policy!r}."
       )
     if any(sizes.contexts):
-      policy = ByContext(policy=policy, contexts=sizes.contexts)
+      policy = ByContext(policy=policy, contexts=sizes.stored_contexts)
     if num_shards > 1:
       policy = ByShard(policy=policy, shards=num_shards)
     self._scheduler = Scheduler(

@@ -13,8 +13,8 @@ from jaxheads.data import Corpus, Tokenizer, load_corpus, load_tokenizer
 from jaxheads.errors import UserError
 from jaxheads.models import ModelConfig
 from jaxheads.moh import explain_execution
-from jaxheads.sharding import MeshShape, parse_mesh
-from jaxheads.training import artefacts, console, devices, signals
+from jaxheads.sharding import MeshShape, parse_mesh, placement
+from jaxheads.training import artefacts, console, devices, exchange, signals
 from jaxheads.training.checkpoint import quiet_storage, storage_reason
 from jaxheads.training.command_line import Request
 from jaxheads.training.config import TrainConfig
@@ -78,15 +78,29 @@ def _run(request: Request, reporter: Reporter) -> None:
   tokenizer = load_tokenizer(config.tokenizer)
   model_config = config.model.build(tokenizer.vocab_size)
   mesh_shape = parse_mesh(request.mesh, jax.device_count())
-  check_sizes(config, model_config, mesh_shape)  # Before the text is read.
+  # Before the text is read.
+  mesh = check_sizes(config, model_config, mesh_shape)
   reporter.say(f"devices    {devices.describe()}")
   if mesh_shape.size > 1:
     reporter.say(f"mesh       {mesh_shape}")
+  if mesh_shape.context > 1:
+    layers = exchange.of_model(
+      model_config,
+      mesh_shape,
+      batch_size=config.batch_size,
+      seq_len=config.seq_len,
+    )
+    reporter.say(f"context    {exchange.describe(layers)}")
   reporter.say(f"model      {_describe_model(model_config, config.seq_len)}")
   reporter.say(f"cost       {_describe_cost(model_config, config.seq_len)}")
   if any(model_config.head_plans):
     execution = _describe_execution(model_config, config.seq_len)
     reporter.say(f"execution  {execution}")
+  shards = placement.head_shards(mesh, model_config)
+  if shards > 1:
+    placed = placement.place_on(mesh, model_config, config.seq_len)
+    balance = placement.report(placed, shards, config.seq_len)
+    reporter.say(f"placement  {balance}")
   corpus = load_corpus(
     config.data,
     tokenizer=tokenizer,
