@@ -155,13 +155,18 @@ def mesh_shape(text: str | None, num_devices: int) -> Any:
 def make_engine(model: Any, options: Options, shape: Any) -> Any:
   """One engine, or several behind one queue."""
   from jaxheads.kvcache import make_policy
+  from jaxheads.models import reordered
   from jaxheads.serve.engine import Engine, EngineConfig
   from jaxheads.serve.replicas import Replicas, split
-  from jaxheads.sharding import check_heads, make_mesh
+  from jaxheads.sharding import check_heads, make_mesh, placement
 
   sizes = model.config
   check_heads(sizes.num_heads, sizes.num_kv_heads, shape.heads)
   length = options.max_length or sizes.max_seq_len
+  if shape.heads > 1:
+    placed = placement.place(sizes, shape.heads, length)
+    note(placement.report(placed, shape.heads, length))
+    model = reordered(model, placed)
   settings = policy_settings(options.policy, length, sizes.rope_theta)
   policy = make_policy(options.policy, **settings)
   several = shape.data > 1

@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Int
 
+from jaxheads import head_order
 from jaxheads.kvcache.by_context import ByContext
 from jaxheads.kvcache.by_shard import ByShard
 from jaxheads.kvcache.full import Full
@@ -254,6 +255,17 @@ class Engine:
     self._policy = policy
     self._shape = shape
     self._vocab_size = sizes.vocab_size
+    # Where each KV head is stored.
+    self._place_of_head = np.array(
+      [
+        range(shape.num_kv_heads)
+        if order is None
+        else head_order.inverse(
+          head_order.of_kv_heads(order, shape.num_kv_heads)
+        )
+        for order in sizes.head_orders or (None,) * shape.num_layers
+      ]
+    )
     self._live: dict[str, _Live] = {}
     self._flight: _Flight | None = None
     self._ended: list[Event] = []
@@ -385,7 +397,10 @@ class Engine:
       live = self._live.get(sequence.id)
       if live is None or live.head_of_slot is None:
         continue
-      slot_of_head = np.argsort(live.head_of_slot, axis=-1)
+      slot_of_place = np.argsort(live.head_of_slot, axis=-1)
+      slot_of_head = np.take_along_axis(
+        slot_of_place, self._place_of_head, axis=-1
+      )
       tokens, pages = (
         np.take_along_axis(x, slot_of_head, axis=-1)
         for x in (sequence.lengths, sequence.pages)

@@ -13,6 +13,7 @@ from jax.sharding import NamedSharding
 from jaxheads import s2
 from jaxheads.kvcache.by_context import ByContext
 from jaxheads.kvcache.names import make_policy
+from jaxheads.models import reordered
 from jaxheads.serve.engine import Engine, EngineConfig
 from jaxheads.sharding import MeshShape, make_mesh, spec
 from tests.models.builders import BY_NORM, NO_SHARED, ROUTED
@@ -192,6 +193,29 @@ def test_models(heads, plans, fields, policy, config):
     requests_of((9, 45), 18, budget=0.5),
     heads,
     config=config,
+  )
+
+
+@pytest.mark.exhaustive
+def test_heads_that_are_dealt_out_are_reported_by_their_own_numbers():
+  own = model_of(ROUTED, None, contexts=(None, STRIDED))
+  order = ((2, 0, 3, 1), (3, 0, 2, 1))
+  stored = reordered(own, dataclasses.replace(own.config, head_orders=order))
+  one = request("a", prompt(45), 12, budget=0.5)
+  answers, told = [], []
+  for model, mesh in ((own, None), (stored, mesh_of(2))):
+    engine = Watched(model, TASK_KV, mesh=mesh)
+    engine.submit(one)
+    while len(engine.events["a"]) < 6:
+      engine.step()
+    told.append(engine.engine.snapshot()[0]["tokens"])
+    engine.run()
+    answers.append(engine.events["a"])
+  assert told[0] == told[1]
+  assert len(set(map(tuple, told[0]))) == 2  # Heads and layers differ.
+  assert tokens_of(answers[0]) == tokens_of(answers[1])
+  np.testing.assert_allclose(
+    logprobs_of(answers[0]), logprobs_of(answers[1]), atol=1e-5
   )
 
 
