@@ -282,7 +282,8 @@ def train(
 
   from jaxheads.data import NEEDLE_VOCAB_SIZE
   from jaxheads.models import DecoderLM
-  from jaxheads.training import devices, fit, signals
+  from jaxheads.sharding import make_mesh, parse_mesh
+  from jaxheads.training import fit, signals
   from jaxheads.training.checkpoint import saved_steps
   from jaxheads.training.retrieval import retrieval_data
 
@@ -319,7 +320,7 @@ def train(
   if ask_only:
     # With nothing left to do, the loop gives back what it finds.
     config = dataclasses.replace(config, steps=newest)
-  mesh = devices.data_mesh()
+  mesh = make_mesh(parse_mesh(None, jax.device_count()))
   with signals.stop_on_signals() as stop, jax.set_mesh(mesh):
     graphdef, state, _ = fit(
       config,

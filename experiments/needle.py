@@ -338,7 +338,8 @@ def train_and_ask(
   import jax
 
   from jaxheads.models import DecoderLM
-  from jaxheads.training import devices, fit, signals
+  from jaxheads.sharding import make_mesh, parse_mesh
+  from jaxheads.training import fit, signals
   from jaxheads.training.retrieval import retrieval_data
 
   longest = max(needle.lengths)
@@ -358,7 +359,7 @@ def train_and_ask(
   resume = resume and folder.holds_run
   if not resume:
     folder.create(config, model_config)
-  mesh = devices.data_mesh()
+  mesh = make_mesh(parse_mesh(None, jax.device_count()))
   with signals.stop_on_signals() as stop, jax.set_mesh(mesh):
     _, state, retrieval = fit(
       config,

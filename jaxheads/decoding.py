@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxheads.sharding import per_device
+from jaxheads.sharding import per_device, spec
 from pallas_kernels.head_attention import HeadContexts, Strided
 from pallas_kernels.head_attention.contexts import Rule
 from pallas_kernels.head_attention.reference import visible_blocks
@@ -26,6 +26,14 @@ class _Tokens(NamedTuple):
   k: Float[Array, "B K S H"]
   v: Float[Array, "B K S H"]
   active: Bool[Array, "B T N"] | None
+
+
+_SPECS = _Tokens(
+  spec("batch", None, "heads", None),
+  spec("batch", "kv_heads", None, None),
+  spec("batch", "kv_heads", None, None),
+  spec("batch", None, "heads"),
+)
 
 
 def decode_attention(
@@ -93,10 +101,16 @@ def decode_attention(
     _attend, pattern=pattern, scale=scale, implementation=implementation
   )
   return per_device(
-    run,
-    _Tokens(q, k_cache, v_cache, active),
-    jnp.asarray(q_offset, jnp.int32),
+    lambda operands: run(*operands),
+    (
+      _Tokens(q, k_cache, v_cache, active),
+      jnp.asarray(q_offset, jnp.int32),
+    ),
+    (_SPECS, spec()),
+    _SPECS.q,
     batch_size=q.shape[0],
+    # Heads with contexts are not told apart by device here.
+    num_kv_heads=1 if pattern else kv_heads,
   )
 
 

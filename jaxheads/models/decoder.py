@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxheads.models._loss import nats_in_parts
 from jaxheads.models.config import ModelConfig, Run
 from jaxheads.moh import (
   MoHConfig,
@@ -24,6 +25,7 @@ from jaxheads.moh import (
 )
 from jaxheads.nn import HeadAttention
 from jaxheads.s2 import Pattern
+from jaxheads.sharding import constrain
 
 
 class RMSNorm(nnx.Module):
@@ -70,7 +72,8 @@ class SwiGLU(nnx.Module):
     self.down = linear(F, D, kernel_init=_residual_init(config))
 
   def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-    return self.down(nnx.silu(self.gate(x)) * self.up(x))
+    inner = nnx.silu(self.gate(x)) * self.up(x)
+    return self.down(constrain(inner, "batch", "length", "mlp"))
 
 
 class DecoderBlock(nnx.Module):
@@ -123,6 +126,7 @@ class DecoderBlock(nnx.Module):
     deterministic: bool = True,
     decode: bool = False,
   ) -> Float[Array, "B T D"]:
+    x = constrain(x, "batch", "length", None)
     with jax.named_scope("attention"):
       x += self.attention(
         self.attention_norm(x),
@@ -133,8 +137,10 @@ class DecoderBlock(nnx.Module):
         deterministic=deterministic,
         decode=decode,
       )
+    x = constrain(x, "batch", "length", None)
     with jax.named_scope("mlp"):
-      return x + self.mlp(self.mlp_norm(x))
+      x += self.mlp(self.mlp_norm(x))
+    return constrain(x, "batch", "length", None)
 
   def active_heads(self, x: Float[Array, "B T D"]) -> Bool[Array, "B T N"]:
     """True where (token, head) is active, given the layer's input."""
@@ -218,6 +224,49 @@ class DecoderLM(nnx.Module):
         or `decode` with padding or segments.
       TypeError: `tokens` are no integers.
     """
+    x = self._hidden(
+      tokens,
+      positions=positions,
+      token_mask=token_mask,
+      segment_ids=segment_ids,
+      deterministic=deterministic,
+      decode=decode,
+    )
+    with jax.named_scope("unembed"):
+      return constrain(self.logits(x), "batch", "length", "vocab")
+
+  def token_nats(
+    self,
+    tokens: Int[Array, "B T"],
+    targets: Int[Array, "B T"],
+    *,
+    deterministic: bool = True,
+  ) -> Float[Array, "B T"]:
+    """Cross-entropy of the token that follows each token, in nats, float32.
+
+    The logits of a whole batch never exist at once: they would take more
+    memory than all the rest.
+
+    Args:
+      tokens: Token ids, int32.
+      targets: The tokens that did follow.
+      deterministic: See the model's call.
+    """
+    x = self._hidden(tokens, deterministic=deterministic)
+    with jax.named_scope("unembed"):
+      return nats_in_parts(self._score, x, self._table(), targets)
+
+  def _hidden(
+    self,
+    tokens: Int[Array, "B T"],
+    *,
+    positions: Int[Array, "B T"] | None = None,
+    token_mask: Bool[Array, "B T"] | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
+    deterministic: bool = True,
+    decode: bool = False,
+  ) -> Float[Array, "B T D"]:
+    """Output of the last layer."""
     self._check(tokens, positions, token_mask, segment_ids)
     if decode and not (token_mask is None and segment_ids is None):
       raise ValueError(
@@ -238,8 +287,7 @@ class DecoderLM(nnx.Module):
           deterministic=deterministic,
           decode=decode,
         )
-    with jax.named_scope("unembed"):
-      return self.logits(x)
+    return x
 
   def init_cache(self, batch_size: int, max_len: int) -> None:
     """Empties the cache, with room for `max_len` tokens a sequence.
@@ -334,11 +382,17 @@ class DecoderLM(nnx.Module):
 
   def logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
     """From the last layer's output to logits, summed in float32."""
-    x = self.norm(x)
+    return self._score(x, self._table())
+
+  def _table(self) -> Float[Array, "D V"]:
     if self.unembedding is None:
-      table = self.embedding.embedding[...].T
-    else:
-      table = self.unembedding[...]
+      return self.embedding.embedding[...].T
+    return self.unembedding[...]
+
+  def _score(
+    self, x: Float[Array, "B T D"], table: Float[Array, "D V"]
+  ) -> Float[Array, "B T V"]:
+    x = self.norm(x)
     return jnp.einsum(
       "btd,dv->btv",
       x,

@@ -11,7 +11,12 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxheads.moh._dense import attention_mask, dense_attention
 from jaxheads.moh._routing import Routing, check_routing
 from jaxheads.rope import apply_rope, check_positions, rope_angles, rotate
-from jaxheads.sharding import per_device
+from jaxheads.sharding import per_device, spec
+from jaxheads.sharding.partition import (
+  heads_index,
+  local_patterns,
+  sum_over_heads,
+)
 from pallas_kernels import platform
 from pallas_kernels.head_attention import HeadContexts
 from pallas_kernels.head_attention.reference import visible
@@ -63,6 +68,29 @@ class _Weights(NamedTuple):
   b_q: Float[Array, "N H"] | None
   w_o: Float[Array, "N H Dout"]
   q_offset: Int[Array, ""]
+
+
+_TOKEN_SPECS = _Tokens(
+  x=spec("batch", None, None),
+  k=spec("batch", None, "kv_heads", None),
+  v=spec("batch", None, "kv_heads", None),
+  q=spec("batch", None, "heads", None),
+  routing=Routing(
+    mask=spec("batch", None, "heads"),
+    gates=spec("batch", None, "heads"),
+    probs=spec("batch", None, None),
+  ),
+  q_positions=spec("batch", None),
+  mask=spec("batch", "heads", None, None),
+  q_segment_ids=spec("batch", None),
+  kv_segment_ids=spec("batch", None),
+)
+_WEIGHT_SPECS = _Weights(
+  w_q=spec(None, "heads", None),
+  b_q=spec("heads", None),
+  w_o=spec("heads", None, None),
+  q_offset=spec(),
+)
 
 
 class _Options(NamedTuple):
@@ -196,10 +224,12 @@ def moh_attention(
   if execution == "dense":
     return _dense(tokens, weights, options, weights_fn)
   return per_device(
-    functools.partial(_dispatch, options),
-    tokens,
-    weights,
+    functools.partial(_dispatch, options, sizes["N"]),
+    (tokens, weights),
+    (_TOKEN_SPECS, _WEIGHT_SPECS),
+    spec("batch", None, None),
     batch_size=x.shape[0],
+    num_kv_heads=sizes["K"],
   )
 
 
@@ -305,18 +335,24 @@ def _dense(
 
 
 def _dispatch(
-  options: _Options, tokens: _Tokens, weights: _Weights
+  options: _Options, num_heads: int, operands: tuple[_Tokens, _Weights]
 ) -> Float[Array, "B T Dout"]:
-  """Only the active (token, head) pairs, packed."""
+  """Only the active (token, head) pairs, packed; of one device's heads."""
+  tokens, weights = operands
   x, k, v, q, routing, q_positions, mask, q_segment_ids, kv_segment_ids = tokens
   heads, head_dim = weights.w_o.shape[:2]
   if routing is None:
     active = jnp.ones((*x.shape[:2], heads), bool)
   else:
     active = routing.mask
-  tiling = default_tiling(x.shape[1], k.shape[1], options.num_active / heads)
+  tiling = default_tiling(
+    x.shape[1], k.shape[1], options.num_active / num_heads
+  )
+  # A token may have all of its heads on one device.
   packing = pack(
-    active, num_active=options.num_active, block_rows=tiling.block_q
+    active,
+    num_active=min(options.num_active, heads),
+    block_rows=tiling.block_q,
   )
   by_definition = options.implementation == "reference"
   projection = "reference" if by_definition else None
@@ -330,12 +366,16 @@ def _dispatch(
       rows = rotate(rows, _per_row(cos, packing), _per_row(sin, packing))
   else:
     rows = gather_rows(q, packing)
+  pattern, which = options.pattern, None
+  if pattern is not None and heads < num_heads:
+    pattern, which = local_patterns(pattern, heads), heads_index()
   rows = routed_attention(
     rows,
     k,
     v,
     packing,
-    pattern=options.pattern,
+    pattern=pattern,
+    which=which,
     scale=options.scale,
     is_causal=options.is_causal,
     q_offset=weights.q_offset,
@@ -347,7 +387,8 @@ def _dispatch(
   )
   if routing is not None:
     rows = _gate(rows, gather_rows(routing.gates, packing))
-  return project_out(rows, weights.w_o, packing, implementation=projection)
+  out = project_out(rows, weights.w_o, packing, implementation=projection)
+  return out if heads == num_heads else sum_over_heads(out)
 
 
 def combine_heads(

@@ -30,6 +30,7 @@ from jaxheads.nn._patterned import (
 )
 from jaxheads.nn._variables import AuxLoss, RoutingStats
 from jaxheads.rope import apply_rope
+from jaxheads.sharding import constrain
 from pallas_kernels import platform
 from pallas_kernels.head_attention import HeadContexts
 
@@ -328,6 +329,8 @@ class HeadAttention(nnx.Module):
     k = flat(self._keys(inputs_k), 3)
     v = flat(self.value(inputs_v), 3)
     assert k is not None and v is not None
+    k = constrain(k, "batch", "length", "kv_heads", None)
+    v = constrain(v, "batch", "length", "kv_heads", None)
 
     q_offset: Array | int = 0
     if decode:
@@ -569,7 +572,7 @@ class HeadAttention(nnx.Module):
       kernels["rope_theta"] = self.rope_theta
       q = None
     else:
-      q = self._queries(x)
+      q = constrain(self._queries(x), "batch", "length", "heads", None)
       x_in, w_o = nnx.nn.dtypes.promote_dtype(
         (x, self.out.kernel[...]), dtype=self.dtype
       )

@@ -9,8 +9,10 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxheads.moh._execution import combine_heads
-from jaxheads.sharding import per_device
+from jaxheads.sharding import constrain, per_device, spec
+from jaxheads.sharding.partition import heads_index, local_patterns
 from pallas_kernels.head_attention import HeadContexts, head_attention
+from pallas_kernels.head_attention.cases import Case, Part, attend_case
 from pallas_kernels.head_attention.reference import visible
 
 # Attention weights up to which `mask`, dropout and sowing may take the dense
@@ -18,22 +20,25 @@ from pallas_kernels.head_attention.reference import visible
 _MOST_DENSE_WEIGHTS = 2**28
 
 
-class _Tokens(NamedTuple):
-  """Arrays with a batch axis."""
+class _Operands(NamedTuple):
+  """Arrays of which each device has a part."""
 
   q: Float[Array, "B T N H"]
   k: Float[Array, "B S K H"]
   v: Float[Array, "B S K H"]
-  gates: Float[Array, "B T N"] | None
   q_segment_ids: Int[Array, "B T"] | None
   kv_segment_ids: Int[Array, "B S"] | None
-
-
-class _Shared(NamedTuple):
-  """Arrays that all sequences share."""
-
-  w_o: Float[Array, "N H Dout"]
   q_offset: Int[Array, ""]  # Not used where it is static.
+
+
+_SPECS = _Operands(
+  spec("batch", None, "heads", None),
+  spec("batch", None, "kv_heads", None),
+  spec("batch", None, "kv_heads", None),
+  spec("batch", None),
+  spec("batch", None),
+  spec(),
+)
 
 
 def patterned_attention(
@@ -68,37 +73,77 @@ def patterned_attention(
   if 0 in (*q.shape[:2], k.shape[1]):  # Nothing to compute.
     return jnp.zeros((*q.shape[:2], w_o.shape[-1]), q.dtype)
   q, k, v = nnx.nn.dtypes.promote_dtype((q, k, v), dtype=None)
-  tokens = _Tokens(q, k, v, gates, q_segment_ids, kv_segment_ids)
   static = None if isinstance(q_offset, jax.Array) else q_offset
-  shared = _Shared(w_o, jnp.asarray(q_offset, jnp.int32))
   run = functools.partial(
     _run,
     pattern=pattern.with_causality(is_causal),
     q_offset=static,
     implementation=implementation,
   )
-  return per_device(run, tokens, shared, batch_size=q.shape[0])
+  out = per_device(
+    run,
+    _Operands(
+      q,
+      k,
+      v,
+      q_segment_ids,
+      kv_segment_ids,
+      jnp.asarray(q_offset, jnp.int32),
+    ),
+    _SPECS,
+    _SPECS.q,
+    batch_size=q.shape[0],
+    num_kv_heads=k.shape[2],
+  )
+  out = constrain(out, "batch", "length", "heads", None)
+  return combine_heads(out, gates, w_o).astype(out.dtype)
 
 
 def _run(
-  tokens: _Tokens,
-  shared: _Shared,
+  operands: _Operands,
   *,
   pattern: HeadContexts,
   q_offset: int | None,
   implementation: str | None,
-) -> Float[Array, "B T Dout"]:
-  out = head_attention(
-    tokens.q,
-    tokens.k,
-    tokens.v,
-    pattern=pattern,
-    q_offset=shared.q_offset if q_offset is None else q_offset,
-    q_segment_ids=tokens.q_segment_ids,
-    kv_segment_ids=tokens.kv_segment_ids,
+) -> Float[Array, "B T n H"]:
+  q, k, v = operands[:3]
+  segments = operands.q_segment_ids, operands.kv_segment_ids
+  patterns = local_patterns(pattern, q.shape[2])
+  if len(set(patterns)) == 1:
+    return head_attention(
+      q,
+      k,
+      v,
+      pattern=patterns[0],
+      q_offset=operands.q_offset if q_offset is None else q_offset,
+      q_segment_ids=segments[0],
+      kv_segment_ids=segments[1],
+      implementation=implementation,
+    )
+  if q_offset is None:  # Nobody trains with an offset that is traced.
+    return jax.lax.switch(
+      heads_index(),
+      [
+        functools.partial(
+          _run, pattern=local, q_offset=None, implementation=implementation
+        )
+        for local in patterns
+      ],
+      operands,
+    )
+  queries, keys = (0, q.shape[1]), (0, k.shape[1])
+  return attend_case(
+    q,
+    ((k, v),),
+    cases=tuple(
+      Case(((queries, (Part(0, keys, local, q_offset),)),))
+      for local in patterns
+    ),
+    which=heads_index(),
+    q_segment_ids=segments[0],
+    kv_segment_ids=None if segments[1] is None else (segments[1],),
     implementation=implementation,
   )
-  return combine_heads(out, tokens.gates, shared.w_o).astype(out.dtype)
 
 
 def dense_mask(

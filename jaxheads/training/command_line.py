@@ -39,6 +39,10 @@ class Command:
   """Continue a run exactly: the newest one, or the one in the folder named."""
   compile_cache: str | None = None
   """Folder in which compiled programs are kept for the next start."""
+  mesh: str | None = None
+  """How devices share the work, such as data=2,fsdp=4: axes data and fsdp
+  (sequences; fsdp also splits the parameters), context (tokens), heads.
+  Default: all devices on fsdp."""
   train: Annotated[TrainConfig, tyro.conf.arg(name="")] = dataclasses.field(
     default_factory=TrainConfig
   )
@@ -53,12 +57,14 @@ class Request:
     run: Its folder; made already if `resume`.
     resume: Whether to continue what the folder holds.
     compile_cache: Folder for compiled programs, or None.
+    mesh: As in `jaxheads.sharding.parse_mesh`.
   """
 
   config: TrainConfig
   run: RunFolder
   resume: bool
   compile_cache: str | None
+  mesh: str | None = None
 
 
 def parse(
@@ -108,6 +114,7 @@ def parse(
     run=run,
     resume=first.resume is not None,
     compile_cache=command.compile_cache,
+    mesh=command.mesh,
   )
 
 

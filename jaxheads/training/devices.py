@@ -1,48 +1,50 @@
-"""All devices as one data-parallel mesh."""
+"""Batches and results on the mesh, and what devices there are."""
 
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxheads.errors import UserError
-
-
-def data_mesh(devices: list[jax.Device] | None = None) -> Mesh:
-  """One mesh over `devices` (default: every device) with the axis "data"."""
-  devices = jax.devices() if devices is None else devices
-  return jax.make_mesh(
-    (len(devices),), ("data",), devices=devices, axis_types=(AxisType.Auto,)
-  )
-
-
-def replicated(mesh: Mesh) -> NamedSharding:
-  """A copy on every device."""
-  return NamedSharding(mesh, PartitionSpec())
+from jaxheads.sharding import spec
 
 
 def put_batch(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, Any]:
-  """This process's rows [local B, ...] as rows of global arrays over "data"."""
-  sharding = NamedSharding(mesh, PartitionSpec("data"))
+  """This process's rows [local B, ...] as rows of global arrays.
+
+  Devices that share sequences have all of their tokens: these are few bytes.
+  """
+  sharding = NamedSharding(mesh, spec("batch"))
   return {
     name: jax.make_array_from_process_local_data(sharding, np.asarray(rows))
     for name, rows in batch.items()
   }
 
 
-def on_one_device(tree: Any) -> Any:
-  """Replicated arrays as arrays of this process's first device."""
+def on_one_device(mesh: Mesh, tree: Any) -> Any:
+  """Arrays that are split over `mesh`, whole on this process's first device.
+
+  All processes must call it.
+  """
+  whole = NamedSharding(mesh, PartitionSpec())
   device = jax.local_devices()[0]
+  gathered = jax.jit(lambda x: x, out_shardings=whole)(tree)
   return jax.tree.map(
-    lambda x: jax.device_put(x.addressable_data(0), device), tree
+    lambda x: jax.device_put(x.addressable_data(0), device), gathered
   )
+
+
+def batch_parts(mesh: Mesh) -> int:
+  """Into how many parts the sequences of a batch are split."""
+  return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def check_batch_size(batch_size: int, mesh: Mesh, *, accumulate: int) -> None:
   """`UserError` unless every device gets the same number of rows."""
-  divisor = mesh.size * accumulate
+  shards = batch_parts(mesh)
+  divisor = shards * accumulate
   if batch_size % divisor == 0:
     return
   below = batch_size // divisor * divisor
@@ -50,8 +52,9 @@ def check_batch_size(batch_size: int, mesh: Mesh, *, accumulate: int) -> None:
   best = below if below and batch_size - below <= above - batch_size else above
   parts = f" times {accumulate} parts each" if accumulate > 1 else ""
   raise UserError(
-    f"`--batch-size` must be a multiple of {divisor} ({mesh.size} "
-    f"devices{parts}), got {batch_size}; the nearest is {best}"
+    f"`--batch-size` must be a multiple of {divisor} (the mesh splits batches "
+    f"over data x fsdp = {shards} devices{parts}), got {batch_size}; the "
+    f"nearest is {best}"
   )
 
 

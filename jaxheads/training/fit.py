@@ -106,13 +106,13 @@ def fit(
     run: Where metrics and checkpoints go; made by the caller.
     name: What the progress display calls the run.
     reporter: Shows progress.
-    build_model: (rngs) to a module that maps tokens [B, T] to logits
-      [B, T, V]; its load-balance loss, if any, is an `AuxLoss`.
+    build_model: (rngs) to a module with `token_nats`, see `DecoderLM`; its
+      load-balance loss, if any, is an `AuxLoss`.
     make_data: (graph of the model, mesh) to the batches to learn from and
       what measures a state.
     resume: Continue from the newest checkpoint in `run`, or from the start if
       there is none.
-    mesh: All devices.
+    mesh: Of `jaxheads.sharding.make_mesh`.
     stop: Set when the run is to end early.
 
   Returns:

@@ -13,6 +13,7 @@ from jaxheads.data import Corpus, Tokenizer, load_corpus, load_tokenizer
 from jaxheads.errors import UserError
 from jaxheads.models import ModelConfig
 from jaxheads.moh import explain_execution
+from jaxheads.sharding import MeshShape, parse_mesh
 from jaxheads.training import artefacts, console, devices, signals
 from jaxheads.training.checkpoint import quiet_storage, storage_reason
 from jaxheads.training.command_line import Request
@@ -76,8 +77,11 @@ def _run(request: Request, reporter: Reporter) -> None:
   config, run = request.config, request.run
   tokenizer = load_tokenizer(config.tokenizer)
   model_config = config.model.build(tokenizer.vocab_size)
-  check_sizes(config, model_config)  # Before the text is read.
+  mesh_shape = parse_mesh(request.mesh, jax.device_count())
+  check_sizes(config, model_config, mesh_shape)  # Before the text is read.
   reporter.say(f"devices    {devices.describe()}")
+  if mesh_shape.size > 1:
+    reporter.say(f"mesh       {mesh_shape}")
   reporter.say(f"model      {_describe_model(model_config, config.seq_len)}")
   reporter.say(f"cost       {_describe_cost(model_config, config.seq_len)}")
   if any(model_config.head_plans):
@@ -96,7 +100,14 @@ def _run(request: Request, reporter: Reporter) -> None:
   reporter.say(f"run folder {run.path}")
   summaries = [
     _train_one(
-      config, model_config, run, request.resume, corpus, tokenizer, reporter
+      config,
+      model_config,
+      run,
+      request.resume,
+      corpus,
+      tokenizer,
+      reporter,
+      mesh_shape,
     )
   ]
   if config.baseline:
@@ -113,6 +124,7 @@ def _run(request: Request, reporter: Reporter) -> None:
         corpus,
         tokenizer,
         reporter,
+        mesh_shape,
       )
     )
   if jax.process_index() != 0:
@@ -157,6 +169,7 @@ def _train_one(
   corpus: Corpus,
   tokenizer: Tokenizer,
   reporter: Reporter,
+  mesh_shape: MeshShape,
 ) -> dict:
   if jax.process_index() == 0:
     if not resume:
@@ -171,6 +184,7 @@ def _train_one(
     tokenizer=tokenizer,
     reporter=reporter,
     resume=resume,
+    mesh_shape=mesh_shape,
   )
 
 

@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 from jaxheads.data import Corpus, Loader, Tokenizer, make_loader
 from jaxheads.errors import UserError
 from jaxheads.models import DecoderLM, ModelConfig
+from jaxheads.sharding import MeshShape, check_heads, make_mesh, parse_mesh
 from jaxheads.training import artefacts, devices, signals
 from jaxheads.training.config import TrainConfig
 from jaxheads.training.console import Reporter
@@ -28,6 +29,7 @@ def train(
   reporter: Reporter,
   build_model: Callable[..., nnx.Module] = DecoderLM,
   resume: bool = False,
+  mesh_shape: MeshShape | None = None,
 ) -> dict[str, Any]:
   """Trains one model on all devices and returns its final figures.
 
@@ -41,10 +43,11 @@ def train(
     run: Where the artefacts go; made by the caller.
     corpus, tokenizer: What to learn from.
     reporter: Shows progress.
-    build_model: (model_config, rngs=...) to a module that maps tokens [B, T]
-      to logits [B, T, V]; its load-balance loss, if any, is an `AuxLoss`.
+    build_model: (model_config, rngs=...) to a module with `token_nats`; its
+      load-balance loss, if any, is an `AuxLoss`.
     resume: Continue from the newest checkpoint in `run`, or from the start if
       there is none.
+    mesh_shape: How the devices share the work; `None` is `parse_mesh(None)`.
 
   Returns:
     What summary.json holds.
@@ -54,7 +57,7 @@ def train(
       disk is full, or the loss is not finite.
     Interrupted: SIGTERM or Ctrl-C came; the state is saved.
   """
-  mesh = check_sizes(config, model_config)
+  mesh = check_sizes(config, model_config, mesh_shape)
 
   def make_data(
     graphdef: nnx.GraphDef[Any], mesh: Mesh
@@ -91,10 +94,9 @@ def train(
         stop=stop,
       )
     summary: dict[str, Any] = {}
+    variables = devices.on_one_device(mesh, (state.params, state.rest))
     if jax.process_index() == 0:
-      model = nnx.merge(
-        graphdef, *devices.on_one_device((state.params, state.rest))
-      )
+      model = nnx.merge(graphdef, *variables)
       summary = artefacts.write_all(
         run, model, config, model_config, evaluator, tokenizer
       )
@@ -103,15 +105,19 @@ def train(
   return summary
 
 
-def check_sizes(config: TrainConfig, model_config: ModelConfig) -> Mesh:
-  """The mesh of all devices, if sequences and batches fit; `UserError` else."""
+def check_sizes(
+  config: TrainConfig, model_config: ModelConfig, shape: MeshShape | None
+) -> Mesh:
+  """The mesh of all devices, if all sizes fit it; `UserError` otherwise."""
   if config.seq_len > model_config.max_seq_len:
     raise UserError(
       f"`--seq-len` must be at most the model's `max_seq_len` "
       f"({model_config.max_seq_len}), got {config.seq_len}; lower it or raise "
       "`--model.max-seq-len`"
     )
-  mesh = devices.data_mesh()
+  shape = shape or parse_mesh(None, jax.device_count())
+  check_heads(model_config.num_heads, model_config.num_kv_heads, shape.heads)
+  mesh = make_mesh(shape)
   devices.check_batch_size(
     config.batch_size, mesh, accumulate=config.optimizer.accumulate
   )

@@ -1,17 +1,9 @@
 """The language-model loss."""
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-
-def token_nats(
-  logits: Float[Array, "B T V"], targets: Int[Array, "B T"]
-) -> Float[Array, "B T"]:
-  """Cross-entropy of each target in nats, float32."""
-  logits = logits.astype(jnp.float32)
-  target_logits = jnp.take_along_axis(logits, targets[..., None], axis=-1)
-  return jax.nn.logsumexp(logits, axis=-1) - target_logits[..., 0]
+from jaxheads.models import token_nats
 
 
 def loss_fn(

@@ -21,8 +21,8 @@ from jaxheads.data import (
   Task,
   needle_batch,
 )
+from jaxheads.models import token_nats
 from jaxheads.training import devices, figures
-from jaxheads.training.losses import token_nats
 from jaxheads.training.step import TrainState
 
 _INK = "#222222"
@@ -113,7 +113,7 @@ class Retrieval:
       first: Number of the first example of the evaluation's seed.
     """
     task = task.asking_once()
-    size = self._mesh.size
+    size = devices.batch_parts(self._mesh)
     rows = max(1, self._tokens_per_batch // length // size) * size
     exact = nats = 0.0
     for start in range(0, samples, rows):
@@ -191,7 +191,7 @@ def retrieval_data(
       stages,
       tokens_per_step=tokens_per_step,
       seed=seed,
-      row_multiple=mesh.size,
+      row_multiple=devices.batch_parts(mesh),
     )
     return batches, Retrieval(
       graphdef,

@@ -12,8 +12,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 
 from jaxheads.nn import auxiliary_loss
-from jaxheads.training import devices
-from jaxheads.training.losses import token_nats
+from jaxheads.sharding import shardings
 
 Batch = dict[str, Any]  # tokens, targets int32 [B, T]; mask bool [B, T]
 Metrics = dict[str, Array]  # float32 scalars
@@ -45,7 +44,7 @@ def init_state(
   seed: int,
   mesh: Mesh,
 ) -> tuple[nnx.GraphDef[Any], TrainState]:
-  """A fresh model, split, and its state, copied to every device of `mesh`."""
+  """A fresh model, split, and its state, placed on `mesh` by the table."""
   shapes = nnx.eval_shape(lambda: build_model(nnx.Rngs(seed)))
   graphdef = nnx.graphdef(shapes)
 
@@ -60,8 +59,8 @@ def init_state(
       opt_state=optimizer.init(params),
     )
 
-  state = jax.jit(init, out_shardings=devices.replicated(mesh))()
-  return graphdef, state
+  placed = shardings(jax.eval_shape(init), mesh)
+  return graphdef, jax.jit(init, out_shardings=placed)()
 
 
 def make_train_step(
@@ -86,8 +85,9 @@ def make_train_step(
     params: Any, rest: Any, batch: Batch, num_tokens: Array
   ) -> tuple[Array, tuple[Array, Array, Any]]:
     model = nnx.merge(graphdef, params, rest)
-    logits = model(batch["tokens"], deterministic=False)
-    nats = token_nats(logits, batch["targets"])
+    nats = model.token_nats(
+      batch["tokens"], batch["targets"], deterministic=False
+    )
     nats = jnp.sum(jnp.where(batch["mask"], nats, 0.0)) / num_tokens
     aux = auxiliary_loss(model) / accumulate
     rest = nnx.to_pure_dict(nnx.state(model, nnx.Not(nnx.Param)))
@@ -116,6 +116,8 @@ def make_train_step(
       ((grads, nats, aux), rest), _ = jax.lax.scan(
         part, (zeros, state.rest), jax.tree.map(_split_rows, batch)
       )
+    # Each device adds up its own part of them.
+    grads = jax.lax.with_sharding_constraint(grads, shardings(grads, mesh))
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     metrics = {
       "loss": nats,
@@ -124,19 +126,21 @@ def make_train_step(
     }
     if schedule is not None:
       metrics["learning_rate"] = schedule(state.step)
-    return TrainState(
+    state = TrainState(
       step=state.step + 1,
       params=optax.apply_updates(state.params, updates),
       rest=rest,
       opt_state=opt_state,
-    ), metrics
+    )
+    placed = shardings(state, mesh)
+    return jax.lax.with_sharding_constraint(state, placed), metrics
 
   def _split_rows(rows: Array) -> Array:
     # Row i goes to part i % accumulate, so that a device's rows stay on it.
     rows = rows.reshape(-1, accumulate, *rows.shape[1:])
     return jnp.swapaxes(rows, 0, 1)
 
-  return jax.jit(step, donate_argnums=0, out_shardings=devices.replicated(mesh))
+  return jax.jit(step, donate_argnums=0)
 
 
 def make_eval_step(
@@ -147,8 +151,7 @@ def make_eval_step(
   @jax.jit
   def step(params: Any, rest: Any, batch: Batch) -> tuple[Array, Array]:
     model = nnx.merge(graphdef, params, rest)
-    logits = model(batch["tokens"], deterministic=True)
-    nats = token_nats(logits, batch["targets"])
+    nats = model.token_nats(batch["tokens"], batch["targets"])
     nats = jnp.where(batch["mask"], nats, 0.0)
     return jnp.sum(nats), jnp.sum(batch["mask"], dtype=jnp.float32)
 

@@ -82,7 +82,10 @@ def head_attention(
   Source:
     S2-Attention, https://arxiv.org/abs/2407.17678.
   """
-  _check(q, k, v, pattern, q_segment_ids, kv_segment_ids, sinks)
+  sizes: dict[str, int] = {}
+  check_operands(q, k, v, q_segment_ids, kv_segment_ids, sizes)
+  check_shape("sinks", sinks, "N", sizes)
+  check_heads(pattern, q)
   if logits_soft_cap is not None and not logits_soft_cap > 0:
     raise ValueError(
       f"`logits_soft_cap` must be positive, got {logits_soft_cap}."
@@ -109,7 +112,7 @@ def head_attention(
   )
   name = choose(implementation, settings, operands)
   if name == "reference":
-    out, lse = reference.attention(settings, operands)
+    out, lse = reference.forward(settings, operands)
   else:
     out, lse = _attend(name, settings, operands)
   if sinks is not None:
@@ -126,7 +129,8 @@ def choose(name: str | None, settings: Settings, operands: Operands) -> str:
   )
 
 
-def _module(name: str) -> Implementation:
+def module(name: str) -> Implementation:
+  """The implementation of that name."""
   return cast(Implementation, _dispatch.load(_OPERATION, name))
 
 
@@ -134,13 +138,13 @@ def _module(name: str) -> Implementation:
 def _attend(
   name: str, settings: Settings, operands: Operands
 ) -> tuple[Array, Array]:
-  return _module(name).forward(settings, operands)
+  return module(name).forward(settings, operands)
 
 
 def _attend_fwd(
   name: str, settings: Settings, operands: Operands
 ) -> tuple[tuple[Array, Array], tuple[Operands, Array, Array]]:
-  out, lse = _module(name).forward(settings, operands)
+  out, lse = module(name).forward(settings, operands)
   return (out, lse), (operands, out, lse)
 
 
@@ -152,9 +156,7 @@ def _attend_bwd(
 ) -> tuple[Operands]:
   operands, out, lse = residuals
   d_out, d_lse = cotangents
-  dq, dk, dv = _module(name).backward(
-    settings, operands, out, lse, d_out, d_lse
-  )
+  dq, dk, dv = module(name).backward(settings, operands, out, lse, d_out, d_lse)
   # Integers have no gradients.
   return (Operands(dq, dk, dv, None, None, None),)  # type: ignore[arg-type]
 
@@ -178,22 +180,20 @@ def _with_sinks(
   return (out.astype(jnp.float32) * share).astype(out.dtype), total
 
 
-def _check(
+def check_operands(
   q: Array,
   k: Array,
   v: Array,
-  pattern: HeadContexts,
   q_segment_ids: Array | None,
   kv_segment_ids: Array | None,
-  sinks: Array | None,
+  sizes: dict[str, int],
 ) -> None:
-  sizes: dict[str, int] = {}
+  """Raises where arrays disagree; `sizes` learns the sizes of their axes."""
   check_shape("q", q, "B T N H", sizes)
   check_shape("k", k, "B S K H", sizes)
   check_shape("v", v, "B S K Hv", sizes)
   check_shape("q_segment_ids", q_segment_ids, "B T", sizes)
   check_shape("kv_segment_ids", kv_segment_ids, "B S", sizes)
-  check_shape("sinks", sinks, "N", sizes)
   if (q_segment_ids is None) != (kv_segment_ids is None):
     raise ValueError(
       "`q_segment_ids` and `kv_segment_ids` must be given together."
@@ -204,14 +204,19 @@ def _check(
       f"`k` must have a number of heads that divides q's {heads}, got "
       f"{kv_heads}."
     )
-  if pattern.num_heads != heads:
-    raise ValueError(
-      f"`pattern` is for {pattern.num_heads} query heads, `q` has {heads}. "
-      "Make the pattern for this number of heads."
-    )
   for name, array in (("q", q), ("k", k), ("v", v)):
     if not jnp.issubdtype(array.dtype, jnp.floating) or array.dtype != q.dtype:
       raise TypeError(
         "`q`, `k` and `v` must have one floating dtype, got "
         f"{q.dtype}, {k.dtype} and {v.dtype} (`{name}`)."
       )
+
+
+def check_heads(pattern: HeadContexts, q: Array) -> None:
+  """Raises unless the pattern has a rule for each head of `q`."""
+  heads = q.shape[2]
+  if pattern.num_heads != heads:
+    raise ValueError(
+      f"`pattern` is for {pattern.num_heads} query heads, `q` has {heads}. "
+      "Make the pattern for this number of heads."
+    )

@@ -35,7 +35,7 @@ def visible(
   return seen
 
 
-def attention(
+def forward(
   settings: Settings, operands: Operands
 ) -> tuple[Float[Array, "B T N Hv"], Float[Array, "B N T"]]:
   """Every query against every key, in float32; JAX differentiates it."""
@@ -68,3 +68,38 @@ def attention(
     lse = jnp.where(empty, -jnp.inf, peak + jnp.log(safe))[..., 0]
     out = jnp.einsum("bnts,bsnh->btnh", weights / safe, wide_v)
   return out.astype(q.dtype), lse
+
+
+def backward(
+  settings: Settings,
+  operands: Operands,
+  out: Float[Array, "B T N Hv"],
+  lse: Float[Array, "B N T"],
+  d_out: Float[Array, "B T N Hv"],
+  d_lse: Float[Array, "B N T"],
+) -> tuple[
+  Float[Array, "B T N H"], Float[Array, "B S K H"], Float[Array, "B S K Hv"]
+]:
+  """Gradients by JAX; `out` and `lse` may be those of more keys than here.
+
+  With o and l of the keys here, a share w = exp(l - lse) of the softmax is
+  theirs: they get w d_out for o, and w (d_out . (o - out) + d_lse) for l.
+  """
+
+  def of_arrays(q: Array, k: Array, v: Array) -> tuple[Array, Array]:
+    return forward(settings, operands._replace(q=q, k=k, v=v))
+
+  (own_out, own_lse), pullback = jax.vjp(of_arrays, *operands[:3])
+  none = own_lse == -jnp.inf
+  share = jnp.exp(jnp.where(none, -jnp.inf, own_lse - lse))
+  wide = [x.astype(jnp.float32) for x in (out, own_out, d_out)]
+  all_out, own_out, d_out = wide
+  d_share = jnp.einsum(
+    "btnh,btnh->bnt",
+    d_out,
+    own_out - all_out,
+    precision=jax.lax.Precision.HIGHEST,
+  )
+  d_own_out = d_out * share.swapaxes(1, 2)[..., None]
+  d_own_lse = jnp.where(none, 0.0, share * (d_share + d_lse))
+  return pullback((d_own_out.astype(out.dtype), d_own_lse))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, cast
 
 import jax
@@ -33,7 +34,8 @@ def routed_attention(
   v: Float[Array, "B S K H"],
   packing: Packing,
   *,
-  pattern: HeadContexts | None = None,
+  pattern: HeadContexts | tuple[HeadContexts, ...] | None = None,
+  which: Int[Array, ""] | None = None,
   scale: float | None = None,
   is_causal: bool = False,
   q_offset: Int[Array, ""] | int = 0,
@@ -59,6 +61,8 @@ def routed_attention(
     packing: Which row is which (token, head); see `pallas_kernels.packing`.
     pattern: What each of the N heads sees, as in `head_attention`; static.
       What a head does not see costs nothing. `None` is all keys.
+    which: Number of the pattern to take, if `pattern` holds several: devices
+      of a mesh run one program and have other heads each.
     scale: Multiplies the logits; `None` means H ** -0.5.
     is_causal: Token t sees keys s <= t + `q_offset`. Key tiles after the
       last visible one of a block are not computed. With a `pattern`, the
@@ -105,18 +109,26 @@ def routed_attention(
       f"`tiling.block_q` must equal `packing.block_rows` "
       f"({packing.block_rows}), got {tiling.block_q}."
     )
-  check_context(
-    pattern, q_offset, heads=heads, length=length, kv_length=k.shape[1]
-  )
+  patterns = pattern if isinstance(pattern, tuple) else (pattern,)
+  if (which is None) != (len(patterns) == 1):
+    raise ValueError(
+      "`which` must be given if `pattern` holds several, and only then; got "
+      f"{len(patterns)}."
+    )
+  for one in patterns:
+    check_context(
+      one, q_offset, heads=heads, length=length, kv_length=k.shape[1]
+    )
   check_packing(packing)
-  if pattern is not None:
-    pattern = pattern.with_causality(is_causal)
-  settings = Settings(
-    pattern=pattern,
-    is_causal=is_causal,
-    scale=k.shape[-1] ** -0.5 if scale is None else float(scale),
-    tiling=tiling,
-    interpret=platform.interpret(),
+  variants = tuple(
+    Settings(
+      pattern=one and one.with_causality(is_causal),
+      is_causal=is_causal,
+      scale=k.shape[-1] ** -0.5 if scale is None else float(scale),
+      tiling=tiling,
+      interpret=platform.interpret(),
+    )
+    for one in patterns
   )
   operands = Operands(
     q,
@@ -128,47 +140,75 @@ def routed_attention(
     q_segment_ids,
     kv_segment_ids,
   )
-  name = _dispatch.choose(
-    _OPERATION,
-    implementation,
-    settings,
-    operands,
-    order=_ORDER,
-    named=_NAMED,
+  names = tuple(
+    _dispatch.choose(
+      _OPERATION,
+      implementation,
+      settings,
+      operands,
+      order=_ORDER,
+      named=_NAMED,
+    )
+    for settings in variants
   )
-  if name == "reference":
-    return reference.attention(settings, operands)
-  return _attend(name, settings, operands)
+  if names[0] == "reference":
+    return _switch(
+      which,
+      [functools.partial(reference.attention, one) for one in variants],
+      operands,
+    )
+  return _attend(tuple(zip(names, variants, strict=True)), operands, which)
+
+
+_Variants = tuple[tuple[str, Settings], ...]
 
 
 def _module(name: str) -> Implementation:
   return cast(Implementation, _dispatch.load(_OPERATION, name))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _switch(
+  which: Int[Array, ""] | None,
+  branches: list[Callable[..., Any]],
+  *args: Any,
+) -> Any:
+  return branches[0](*args) if which is None else jax.lax.switch(
+    which, branches, *args
+  )
+
+
+# Around the switch, whose own derivative would keep what each branch keeps.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(
-  name: str, settings: Settings, operands: Operands
+  variants: _Variants, operands: Operands, which: Int[Array, ""] | None
 ) -> Float[Array, "rows H"]:
-  return _module(name).forward(settings, operands)[0]
+  return _attend_fwd(variants, operands, which)[0]
 
 
 def _attend_fwd(
-  name: str, settings: Settings, operands: Operands
-) -> tuple[Array, tuple[Operands, Array, Array]]:
-  out, lse = _module(name).forward(settings, operands)
-  return out, (operands, out, lse)
+  variants: _Variants, operands: Operands, which: Int[Array, ""] | None
+) -> tuple[Array, tuple[Operands, Any, Array, Array]]:
+  branches = [
+    functools.partial(_module(name).forward, settings)
+    for name, settings in variants
+  ]
+  out, lse = _switch(which, branches, operands)
+  return out, (operands, which, out, lse)
 
 
 def _attend_bwd(
-  name: str,
-  settings: Settings,
-  residuals: tuple[Operands, Array, Array],
+  variants: _Variants,
+  residuals: tuple[Operands, Any, Array, Array],
   d_out: Array,
-) -> tuple[Operands]:
-  operands, out, lse = residuals
-  dq, dk, dv = _module(name).backward(settings, operands, out, lse, d_out)
+) -> tuple[Operands, None]:
+  operands, which, out, lse = residuals
+  branches = [
+    functools.partial(_module(name).backward, settings)
+    for name, settings in variants
+  ]
+  dq, dk, dv = _switch(which, branches, operands, out, lse, d_out)
   nothing: Any = None  # Integers have no gradients.
-  return (Operands(dq, dk, dv, *[nothing] * 5),)
+  return Operands(dq, dk, dv, *[nothing] * 5), None
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)

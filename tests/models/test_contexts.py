@@ -10,10 +10,9 @@ import pytest
 from flax import nnx
 
 from jaxheads import s2
-from jaxheads.models import ModelConfig, generate
+from jaxheads.models import token_nats, ModelConfig, generate
 from jaxheads.moh import MoHConfig
 from jaxheads.nn import auxiliary_loss
-from jaxheads.training.losses import token_nats
 from tests import oracles
 from tests.models.builders import (
   BY_NORM,

@@ -21,7 +21,7 @@ from pallas_kernels.head_attention import (
 )
 from tests.s2_cases import check, named
 
-honest = reference.attention
+honest = reference.forward
 
 
 def changed_rules(change):
@@ -209,7 +209,7 @@ FORWARD = {
 @pytest.mark.parametrize("defect", FORWARD)
 def test_a_wrong_result_is_noticed(defect, monkeypatch):
   attention, name = FORWARD[defect]
-  monkeypatch.setattr(reference, "attention", attention)
+  monkeypatch.setattr(reference, "forward", attention)
 
   # A door of its own: what was compiled without the defect is not reused.
   def door(*args, **options):
