@@ -17,6 +17,7 @@ import difflib
 import math
 import os
 import re
+from collections.abc import Iterable, Sequence
 
 import jax
 from jax.experimental import topologies
@@ -151,24 +152,19 @@ class Topology:
     """Of one device."""
     return self.chip.flops_per_s / self.chip.devices
 
-  def ici_bytes_per_s(self, groups: tuple[tuple[int, ...], ...]) -> float:
+  def ici_bytes_per_s(self, groups: Iterable[Sequence[jax.Device]]) -> float:
     """What one device can send while devices exchange in groups.
 
-    Both links of each dimension that a group extends over, one where the
-    dimension is no ring. Devices of one chip count as if they were neighbours
-    on a link, and share theirs.
-
-    Args:
-      groups: Numbers of devices, in the order of the mesh that is compiled for.
+    Both links of each dimension that a group goes all around, one of each
+    that it goes along. Devices of one chip share its links.
     """
     links = 0
-    coordinates = [
-      [getattr(self.devices[n], "coords", (0, 0, 0)) for n in group]
-      for group in groups
-    ]
+    places = [[getattr(d, "coords", ()) for d in group] for group in groups]
     for dim, size in enumerate(self.shape):
-      if any(len({place[dim] for place in group}) > 1 for group in coordinates):
-        links += 2 if size % self.chip.ring == 0 else 1
+      extent = max(len({place[dim] for place in group}) for group in places)
+      if extent > 1:
+        is_ring = extent == size and size % self.chip.ring == 0
+        links += 2 if is_ring else 1
     return max(1, links) * self.chip.link_bytes_per_s / self.chip.devices
 
 
@@ -183,14 +179,13 @@ def find(name: str) -> Topology:
   chip = CHIPS.get(chip_name)
   if chip is None:
     near = difflib.get_close_matches(chip_name, CHIPS, 1, 0.3)
-    known = ", ".join(CHIPS)
     raise UserError(
-      f"`--topology` must begin with one of {known}, got {name!r}"
-      + (f"; the nearest is {_nearest(CHIPS[near[0]], sizes)}" if near else "")
+      f"`--topology` must begin with one of {', '.join(CHIPS)}, got {name!r}"
+      + (f"; try {_nearest(CHIPS[near[0]], sizes)}" if near else "")
     )
   shape = tuple(int(n) for n in re.findall(r"\d+", sizes))
   problem = UserError(
-    f"`--topology` has no {name!r}; the nearest are {_nearest(chip, sizes)}"
+    f"`--topology` has no {name!r}; try {_nearest(chip, sizes)}"
   )
   if sizes != "x".join(map(str, shape)) or len(shape) != chip.dimensions:
     raise problem
@@ -225,7 +220,7 @@ def _nearest(chip: Chip, sizes: str) -> str:
   listed = _slices(chip)
   below = [s for s in listed if math.prod(s) <= wanted][-1:] or listed[:1]
   above = [s for s in listed if math.prod(s) > wanted][:1]
-  return " and ".join(
+  return " or ".join(
     f"{chip.name}:{'x'.join(map(str, shape))}" for shape in below + above
   )
 

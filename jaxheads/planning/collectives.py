@@ -21,6 +21,7 @@ _KINDS = (
   "collective-permute",
   "collective-broadcast",
 )
+_IOTA = r"\[([\d,]+)\](?:T\(([\d,]+)\))?"
 _CONTINUED = re.compile(r'"async_collective_fusion_config":\{"flag_start":"\d')
 
 
@@ -129,31 +130,28 @@ def by_kind_and_axes(
 def replica_groups(attributes: str, num_devices: int) -> Groups:
   """Which devices exchange with each other.
 
-  XLA writes them as a list, as a transposed iota, or as axes of a mesh:
-  {{0,2},{1,3}}, [2,2]<=[2,2]T(1,0), mesh['a'=2,'b'=2] {'a'}.
+  XLA writes them as a list, as a transposed iota, or as axes of a mesh, which
+  may be transposed too: {{0,2},{1,3}}, [2,2]<=[2,2]T(1,0), mesh['a'=2,'b'=2]
+  {'a'}, mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'b'}.
 
   Raises:
     ValueError: As none of these.
   """
-  iota = re.search(
-    r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes
-  )
+  iota = re.search(rf"replica_groups=\[([\d,]+)\]<={_IOTA}", attributes)
   if iota:
-    shape, dims = (_numbers(text) for text in iota.groups()[:2])
-    order = np.arange(math.prod(dims)).reshape(dims)
-    if iota[3]:
-      order = order.transpose(_numbers(iota[3]))
-    return _rows(order.reshape(shape))
+    return _rows(_iota(iota[2], iota[3]).reshape(_numbers(iota[1])))
   mesh = re.search(
-    r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=([^ ]*))? \{([^}]*)\}",
+    rf"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\({_IOTA}\))? "
+    r"\{([^}]*)\}",
     attributes,
   )
-  if mesh and not mesh[2]:
+  if mesh and ":" not in mesh[4]:  # Which would be a part of an axis.
     sizes = {
       name: int(size)
       for name, size in re.findall(r"'([^']+)'=(\d+)", mesh[1])
     }
-    return _groups_of_axes(sizes, re.findall(r"'([^']+)'", mesh[3]), mesh[3])
+    ids = _iota(mesh[2] or str(math.prod(sizes.values())), mesh[3])
+    return _groups_of_axes(ids, sizes, re.findall(r"'([^']+)'", mesh[4]))
   listed = re.search(
     r"replica_groups=\{((?:\{[\d,]*\},?)*)\}", attributes
   )
@@ -206,17 +204,23 @@ def _axes(groups: Sequence[Sequence[int]], mesh: Mapping[str, int]) -> list[str]
   return named or ["none"]
 
 
+def _iota(dims: str, order: str | None) -> np.ndarray:
+  """0, 1, ... in these sizes, its axes then in that order."""
+  sizes = _numbers(dims)
+  ids = np.arange(math.prod(sizes)).reshape(sizes)
+  return ids.transpose(_numbers(order)) if order else ids
+
+
 def _groups_of_axes(
-  sizes: Mapping[str, int], names: Sequence[str], text: str
+  ids: np.ndarray, sizes: Mapping[str, int], names: Sequence[str]
 ) -> Groups:
-  if ":" in text:
-    raise ValueError(f"parts of axes are not understood: {text!r}")
+  """Of the devices `ids` of a mesh of these sizes."""
   axes = list(sizes)
   inner = [axes.index(name) for name in names]
   outer = [n for n in range(len(axes)) if n not in inner]
-  ids = np.arange(math.prod(sizes.values())).reshape(tuple(sizes.values()))
   width = math.prod(sizes[name] for name in names)
-  return _rows(ids.transpose(*outer, *inner).reshape(-1, width))
+  placed = ids.reshape(tuple(sizes.values()))
+  return _rows(placed.transpose(*outer, *inner).reshape(-1, width))
 
 
 def _pairs(attributes: str) -> Groups:
