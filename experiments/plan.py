@@ -64,7 +64,9 @@ class Command:
   json: pathlib.Path | None = None
   """Where to write all figures."""
   model: ModelOptions = dataclasses.field(default_factory=ModelOptions)
-  optimizer: OptimizerOptions = OptimizerOptions()
+  optimizer: OptimizerOptions = dataclasses.field(
+    default_factory=OptimizerOptions
+  )
 
   def __post_init__(self) -> None:
     for name in ("batch", "seq"):
@@ -181,8 +183,8 @@ def show(
       f"does NOT fit: a device needs {_gib(found.used)}, it has "
       f"{_gib(found.limit)}"
     )
-    for name, number in found.arguments.items():
-      console.print(f"  {name:16} {_gib(number):>12}")
+    for name, size in found.arguments.items():
+      console.print(f"  {name:16} {_gib(size):>12}")
     rest = found.used - sum(found.arguments.values())
     console.print(f"  {'all else':16} {_gib(rest):>12}")
     return
@@ -190,8 +192,8 @@ def show(
   console.print(
     f"fits: a device needs {_gib(total)} of {_gib(topology.hbm_bytes)}"
   )
-  for name, number in found.memory.by_category().items():
-    console.print(f"  {name:16} {_gib(number):>12}")
+  for name, size in found.memory.by_category().items():
+    console.print(f"  {name:16} {_gib(size):>12}")
   console.print("one device sends in a step")
   for (kind, axes), sent in found.sent_bytes.items():
     console.print(f"  {kind + ' over ' + axes:28} {sent / 1e9:9.3f} GB")

@@ -195,9 +195,7 @@ def find(name: str) -> Topology:
   os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
   os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
   try:
-    described = topologies.get_topology_desc(
-      platform="tpu", topology_name=name
-    )
+    described = topologies.get_topology_desc(platform="tpu", topology_name=name)
   except RuntimeError as error:
     if "not installed" in str(error):
       raise CompilerMissing(

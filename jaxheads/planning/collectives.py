@@ -147,14 +147,11 @@ def replica_groups(attributes: str, num_devices: int) -> Groups:
   )
   if mesh and ":" not in mesh[4]:  # Which would be a part of an axis.
     sizes = {
-      name: int(size)
-      for name, size in re.findall(r"'([^']+)'=(\d+)", mesh[1])
+      name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", mesh[1])
     }
     ids = _iota(mesh[2] or str(math.prod(sizes.values())), mesh[3])
     return _groups_of_axes(ids, sizes, re.findall(r"'([^']+)'", mesh[4]))
-  listed = re.search(
-    r"replica_groups=\{((?:\{[\d,]*\},?)*)\}", attributes
-  )
+  listed = re.search(r"replica_groups=\{((?:\{[\d,]*\},?)*)\}", attributes)
   if listed:
     groups = tuple(
       tuple(_numbers(text)) for text in re.findall(r"\{([\d,]+)\}", listed[1])
@@ -195,7 +192,9 @@ def _parts(opcode: str) -> int | None:
   return None if opcode != "copy-start" else 1
 
 
-def _axes(groups: Sequence[Sequence[int]], mesh: Mapping[str, int]) -> list[str]:
+def _axes(
+  groups: Sequence[Sequence[int]], mesh: Mapping[str, int]
+) -> list[str]:
   """Mesh axes along which the devices of a group differ."""
   places = np.array(np.unravel_index(np.array(groups), tuple(mesh.values())))
   # [axes, groups, devices of a group]
@@ -224,7 +223,9 @@ def _groups_of_axes(
 
 
 def _pairs(attributes: str) -> Groups:
-  listed = re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", attributes)
+  listed = re.search(
+    r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", attributes
+  )
   if listed is None:
     raise ValueError(f"no pairs of devices: {attributes[:200]!r}")
   return tuple(

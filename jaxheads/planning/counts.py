@@ -10,7 +10,14 @@ from collections import Counter
 
 import numpy as np
 
-from jaxheads.planning.hlo import Computation, Instruction, Program, Visit, total
+from jaxheads.planning.hlo import (
+  Array,
+  Computation,
+  Instruction,
+  Program,
+  Visit,
+  total,
+)
 
 # They name or group values, or wait for them.
 _FREE = frozenset(
@@ -69,9 +76,7 @@ def _flops(program: Program, visit: Visit) -> float:
 def _convolution_flops(program: Program, visit: Visit) -> float:
   """As XLA counts: only positions that meet an element and no padding."""
   instruction = visit.instruction
-  labels = re.search(
-    r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes
-  )
+  labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes)
   assert labels is not None
   left, right = (operand.results[0] for operand in program.operands(visit))
   out = instruction.results[0]
@@ -118,21 +123,27 @@ def _window(attributes: str, count: int) -> list[tuple[int, int, int, int]]:
 def _traffic(program: Program, visit: Visit) -> float:
   instruction = visit.instruction
   opcode = instruction.opcode
-  if visit.in_fusion or opcode in _FREE or opcode.endswith(("-done", "-update")):
+  if (
+    visit.in_fusion or opcode in _FREE or opcode.endswith(("-done", "-update"))
+  ):
     return 0.0
   operands = program.operands(visit)
   if opcode == "fusion":
     (called,) = instruction.calls("calls")
-    return _fusion_traffic(program.computations[called], operands)
+    return _fusion_traffic(
+      program, program.computations[called], operands, instruction.results
+    )
   if opcode == "custom-call":
     # Others only name buffers.
     if instruction.text("custom_call_target") != _KERNEL:
       return 0.0
     return sum(map(_in_hbm, operands)) + _in_hbm(instruction)
   if opcode in ("dynamic-slice", "slice", "gather"):
-    return min(_in_hbm(operands[0]), _size(instruction)) + _in_hbm(instruction)
+    return min(_in_hbm(operands[0]), instruction.result_bytes) + _in_hbm(
+      instruction
+    )
   if opcode == "dynamic-update-slice":
-    return 2.0 * min(_size(operands[1]), _in_hbm(operands[0]))
+    return 2.0 * min(operands[1].result_bytes, _in_hbm(operands[0]))
   if opcode.endswith("-start"):
     # Operand, or its slice, and what is made of it; the rest only says so.
     made = instruction.results[0 if opcode == "copy-start" else 1]
@@ -144,55 +155,80 @@ def _traffic(program: Program, visit: Visit) -> float:
 
 
 def _fusion_traffic(
-  fused: Computation, operands: tuple[Instruction, ...]
+  program: Program,
+  fused: Computation,
+  operands: tuple[Instruction, ...],
+  results: tuple[Array, ...],
 ) -> float:
   moved = 0.0
-  users: dict[str, list[Instruction]] = {}
-  for instruction in fused.instructions.values():
-    for name in set(instruction.operands):
-      users.setdefault(name, []).append(instruction)
+  for number, operand in enumerate(operands):
+    whole = _in_hbm(operand)
+    if whole:
+      moved += min(whole, _read(program, fused, number, whole)[0])
 
-  def read(name: str, whole: int) -> int:
-    """Of an operand, at most all of it."""
-    size = 0
-    for user in users.get(name, []):
+  def written(part: Instruction, result: Array) -> int:
+    if part.opcode in ("bitcast", "reshape"):
+      return written(fused.instructions[part.operands[0]], result)
+    if part.opcode == "dynamic-update-slice":
+      update = fused.instructions[part.operands[1]]
+      return min(update.result_bytes, result.num_bytes)
+    # What is passed through is written by nobody.
+    return 0 if part.opcode == "parameter" else result.num_bytes
+
+  root = fused.root
+  parts = (
+    [fused.instructions[name] for name in root.operands]
+    if root.opcode == "tuple"
+    else [root] * len(results)
+  )
+  for part, result in zip(parts, results, strict=False):
+    if result.space == 0:
+      moved += written(part, result)
+  return moved
+
+
+def _read(
+  program: Program, fused: Computation, number: int, whole: int
+) -> tuple[int, bool]:
+  """What a fusion reads of its operand of that number and size.
+
+  And whether it gives it on as it is.
+  """
+
+  def of_value(name: str) -> tuple[int, bool]:
+    size, given_on = 0, name == fused.root.name
+    for user in fused.instructions.values():
+      if name not in user.operands:
+        continue
       first = user.operands[0] == name
       if user.opcode in ("dynamic-slice", "slice", "gather") and first:
         size += user.result_bytes
       elif user.opcode == "dynamic-update-slice" and first:
         continue  # Changed in place.
       elif user.opcode in ("bitcast", "reshape"):
-        size += read(user.name, whole)
-      else:
-        return whole
-    return min(size, whole)
+        more, same = of_value(user.name)
+        size, given_on = size + more, given_on or same
+      elif user.opcode == "fusion":
+        (called,) = user.calls("calls")
+        inner = program.computations[called]
+        for place, operand in enumerate(user.operands):
+          if operand != name:
+            continue
+          more, same = _read(program, inner, place, whole)
+          size += more
+          if same:
+            more, same = of_value(user.name)
+            size, given_on = size + more, given_on or same
+      elif user.opcode != "tuple":  # Which only gives it on.
+        return whole, given_on
+    return size, given_on
 
   for instruction in fused.instructions.values():
     if instruction.opcode == "parameter":
-      number = int(instruction.attributes.split(")")[0])
-      whole = _in_hbm(operands[number])
-      if whole:
-        moved += read(instruction.name, whole)
-
-  def written(instruction: Instruction) -> int:
-    if instruction.opcode == "tuple":
-      parts = (fused.instructions[name] for name in instruction.operands)
-      return sum(map(written, parts))
-    if instruction.opcode in ("bitcast", "reshape"):
-      return written(fused.instructions[instruction.operands[0]])
-    if instruction.opcode == "dynamic-update-slice":
-      update = fused.instructions[instruction.operands[1]]
-      return min(update.result_bytes, _in_hbm(instruction))
-    if instruction.opcode == "parameter":
-      return 0  # Passed through.
-    return _in_hbm(instruction)
-
-  return moved + written(fused.root)
+      if int(instruction.attributes.split(")")[0]) == number:
+        return of_value(instruction.name)
+  return 0, False
 
 
 def _in_hbm(instruction: Instruction) -> int:
   return sum(a.num_bytes for a in instruction.results if a.space == 0)
-
-
-def _size(instruction: Instruction) -> int:
-  return instruction.result_bytes

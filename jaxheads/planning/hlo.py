@@ -80,7 +80,7 @@ class Instruction:
 
 @dataclasses.dataclass(frozen=True)
 class Computation:
-  """A named list of instructions, in order; the last line need not be `root`."""
+  """A named list of instructions, in order; `root` is what it returns."""
 
   name: str
   instructions: Mapping[str, Instruction]
@@ -173,9 +173,7 @@ class Program:
     self, computation: Computation, loop: Instruction
   ) -> int | None:
     """Turns of a loop that counts from a constant to a constant."""
-    known = re.search(
-      r'known_trip_count"?:\{"?n"?:"?(\d+)', loop.attributes
-    )
+    known = re.search(r'known_trip_count"?:\{"?n"?:"?(\d+)', loop.attributes)
     if known:
       return int(known[1])
     (condition,) = loop.calls("condition")
@@ -244,8 +242,8 @@ class Program:
 
     match instruction.opcode:
       case "constant":
-        found = re.match(r"(-?\d+|true|false)\)", instruction.attributes)
-        return int(found[1]) if found and found[1].lstrip("-").isdigit() else None
+        found = re.match(r"(-?\d+)\)", instruction.attributes)
+        return int(found[1]) if found else None
       case "parameter" if arguments is not None:
         found = re.match(r"(\d+)\)", instruction.attributes)
         return arguments[int(found[1])] if found else None

@@ -76,9 +76,7 @@ def bytes_per_device(tree: Any) -> int:
   )
 
 
-def measure(
-  compiled: jax.stages.Compiled, parts: Mapping[str, Any]
-) -> Memory:
+def measure(compiled: jax.stages.Compiled, parts: Mapping[str, Any]) -> Memory:
   """What a program needs, as its compiler says.
 
   Args:

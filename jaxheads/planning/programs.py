@@ -5,7 +5,7 @@ given shapes and places instead of arrays.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -25,13 +25,13 @@ class Planned:
   """A function that is jitted, and what it is called with.
 
   Attributes:
-    function: Of `jax.jit`.
+    function: What `jax.jit` gave.
     arguments: Pytrees of `jax.ShapeDtypeStruct`, each with a sharding.
     keywords: More of them, and static ones.
     parts: The same arrays by what they are: "parameters", "cache", ...
   """
 
-  function: Callable[..., Any]
+  function: Any
   arguments: tuple[Any, ...]
   keywords: Mapping[str, Any]
   parts: Mapping[str, Any]
@@ -101,7 +101,8 @@ def _generation(
     model.init_cache(batch_size, cache_len)
     return model
 
-  graphdef, cache, rest = nnx.split(nnx.eval_shape(build), nnx.Cache, ...)
+  parts: Any = nnx.split(nnx.eval_shape(build), nnx.Cache, ...)
+  graphdef, cache, rest = parts
   layout = spec(None, "batch", "kv_heads", None, None)
   whole = NamedSharding(mesh, spec())
 

@@ -89,9 +89,7 @@ MOH_LLAMA3_8B = TrainConfig(
   batch_size=2048,
   steps=6_000,
   log_every=10,
-  model=ModelOptions(
-    preset="moh-llama3-8b", router="query_norm", shared=(16,)
-  ),
+  model=ModelOptions(preset="moh-llama3-8b", router="query_norm", shared=(16,)),
   optimizer=OptimizerOptions(
     learning_rate=2e-5, warmup_steps=50, final_fraction=0.05
   ),
