@@ -172,6 +172,8 @@ class Command:
   """Folder of the results and of the trained models."""
   ask_only: bool = False
   """Ask the newest checkpoints, finished or not, and train nothing."""
+  mesh: str | None = None
+  """How devices share the work, such as data=2,fsdp=4; see train_moh.py."""
   evaluation: Annotated[KVEval, tyro.conf.arg(name="")] = dataclasses.field(
     default_factory=KVEval
   )
@@ -192,7 +194,10 @@ def parse(argv: list[str] | None = None) -> Command:
 
 def run(command: Command) -> dict[str, Any]:
   """Trains, asks, and writes the results; returns what kv_eval.json holds."""
+  import jax
+
   from experiments import _kv_eval_report as report
+  from jaxheads.sharding import parse_mesh
   from jaxheads.training import RunFolder, devices
   from jaxheads.training.console import Reporter
   from jaxheads.training.job import told
@@ -211,6 +216,7 @@ def run(command: Command) -> dict[str, Any]:
         seed,
         reporter,
         ask_only=command.ask_only,
+        mesh_shape=parse_mesh(command.mesh, jax.device_count()),
       )
       trained_steps.append(steps)
       trained = time.monotonic()
@@ -270,7 +276,13 @@ def curriculum(evaluation: KVEval) -> list[Any]:
 
 
 def train(
-  evaluation: KVEval, folder: Any, seed: int, reporter: Any, *, ask_only: bool
+  evaluation: KVEval,
+  folder: Any,
+  seed: int,
+  reporter: Any,
+  *,
+  ask_only: bool,
+  mesh_shape: Any,
 ) -> tuple[Any, int]:
   """The model of a seed and its steps: trained, continued, or as it was left.
 
@@ -282,8 +294,7 @@ def train(
 
   from jaxheads.data import NEEDLE_VOCAB_SIZE
   from jaxheads.models import DecoderLM
-  from jaxheads.sharding import make_mesh, parse_mesh
-  from jaxheads.training import fit, signals
+  from jaxheads.training import devices, fit, signals
   from jaxheads.training.checkpoint import saved_steps
   from jaxheads.training.retrieval import retrieval_data
 
@@ -320,7 +331,7 @@ def train(
   if ask_only:
     # With nothing left to do, the loop gives back what it finds.
     config = dataclasses.replace(config, steps=newest)
-  mesh = make_mesh(parse_mesh(None, jax.device_count()))
+  mesh = devices.model_mesh(mesh_shape, model_config)
   with signals.stop_on_signals() as stop, jax.set_mesh(mesh):
     graphdef, state, _ = fit(
       config,
@@ -340,8 +351,8 @@ def train(
       mesh=mesh,
       stop=stop,
     )
-    model = nnx.merge(graphdef, state.params, state.rest)
-    return model, int(state.step)
+    variables = devices.on_one_device(mesh, (state.params, state.rest))
+    return nnx.merge(graphdef, *variables), int(state.step)
 
 
 def ask_all(evaluation: KVEval, model: Any, reporter: Any) -> dict[str, Any]:

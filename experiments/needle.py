@@ -166,6 +166,8 @@ class Command:
   """Folder of the results."""
   resume: bool = False
   """Continue what `--out` holds, with the same flags."""
+  mesh: str | None = None
+  """How devices share the work, such as data=2,fsdp=4; see train_moh.py."""
   needle: Annotated[Needle, tyro.conf.arg(name="")] = dataclasses.field(
     default_factory=Needle
   )
@@ -186,9 +188,11 @@ def parse(argv: list[str] | None = None) -> Command:
 
 def run(command: Command) -> dict[str, Any]:
   """Trains, asks, and writes the results; returns what needle.json holds."""
+  import jax
   import numpy as np
 
   from jaxheads.data import NEEDLE_VOCAB_SIZE
+  from jaxheads.sharding import parse_mesh
   from jaxheads.training import RunFolder, artefacts, devices
   from jaxheads.training.console import Reporter
   from jaxheads.training.job import told
@@ -230,6 +234,7 @@ def run(command: Command) -> dict[str, Any]:
         depths=depths,
         resume=command.resume,
         reporter=reporter,
+        mesh_shape=parse_mesh(command.mesh, jax.device_count()),
       )
       accuracies[name] = accuracy
       results["models"][name] = {
@@ -331,6 +336,7 @@ def train_and_ask(
   depths: list[float],
   resume: bool,
   reporter: Any,
+  mesh_shape: Any,
 ) -> tuple[Any, float]:
   """Exact answers [lengths, depths] of one model, and the seconds it took."""
   import time
@@ -338,8 +344,7 @@ def train_and_ask(
   import jax
 
   from jaxheads.models import DecoderLM
-  from jaxheads.sharding import make_mesh, parse_mesh
-  from jaxheads.training import fit, signals
+  from jaxheads.training import devices, fit, signals
   from jaxheads.training.retrieval import retrieval_data
 
   longest = max(needle.lengths)
@@ -359,7 +364,7 @@ def train_and_ask(
   resume = resume and folder.holds_run
   if not resume:
     folder.create(config, model_config)
-  mesh = make_mesh(parse_mesh(None, jax.device_count()))
+  mesh = devices.model_mesh(mesh_shape, model_config)
   with signals.stop_on_signals() as stop, jax.set_mesh(mesh):
     _, state, retrieval = fit(
       config,

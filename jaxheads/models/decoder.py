@@ -275,7 +275,7 @@ class DecoderLM(nnx.Module):
         "prompts of different lengths in separate batches."
       )
     with jax.named_scope("embed"):
-      x = self.embedding(tokens)
+      x = self._embed(tokens)
     for index, stack in enumerate(self.stacks):
       with jax.named_scope(f"stack_{index}"):
         x = self._run(
@@ -360,6 +360,13 @@ class DecoderLM(nnx.Module):
       outputs.append(output)
       first = last
     return carry, jax.tree.map(lambda *x: jnp.concatenate(x), *outputs)
+
+  def _embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    # Devices look up their own features, of all sequences that share them, and
+    # exchange what they found: far less than the table.
+    tokens = constrain(tokens, "replica", "length")
+    x = constrain(self.embedding(tokens), "replica", "length", "embed")
+    return constrain(x, "batch", "length", None)
 
   def _run(
     self, stack: DecoderBlock, x: Float[Array, "B T D"], **inputs: Any

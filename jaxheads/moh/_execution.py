@@ -366,15 +366,17 @@ def _dispatch(
       rows = rotate(rows, _per_row(cos, packing), _per_row(sin, packing))
   else:
     rows = gather_rows(q, packing)
-  pattern, which = options.pattern, None
-  if pattern is not None and heads < num_heads:
-    pattern, which = local_patterns(pattern, heads), heads_index()
+  patterns: Any = options.pattern
+  which = None
+  if options.pattern is not None and heads < num_heads:
+    patterns = local_patterns(options.pattern, heads)
+    which = heads_index()
   rows = routed_attention(
     rows,
     k,
     v,
     packing,
-    pattern=pattern,
+    pattern=patterns,
     which=which,
     scale=options.scale,
     is_causal=options.is_causal,
@@ -433,7 +435,7 @@ def _check(
   """Sizes of the named axes; refuses what does not fit."""
   sizes: dict[str, int] = {}
   arrays = tokens._asdict() | weights._asdict()
-  for name, spec in {
+  for name, axes in {
     "x": "B T D",
     "k": "B S K H",
     "v": "B S K H",
@@ -446,7 +448,7 @@ def _check(
     "q_segment_ids": "B T",
     "kv_segment_ids": "B S",
   }.items():
-    check_shape(name, arrays[name], spec, sizes)
+    check_shape(name, arrays[name], axes, sizes)
   if tokens.routing is not None:
     check_shape("routing.mask", tokens.routing.mask, "B T N", sizes)
     check_shape("routing.gates", tokens.routing.gates, "B T N", sizes)

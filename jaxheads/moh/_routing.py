@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from jaxheads.moh._config import MoHConfig
+from jaxheads.sharding import constrain
 from pallas_kernels.packing import check_active
 from pallas_kernels.shapes import check_shape
 from pallas_kernels.value_checks import check_values
@@ -246,8 +247,9 @@ def route_by_query_norm(
   check_shape("q", q, "B T N H", sizes)
   check_shape("token_mask", token_mask, "B T", sizes)
   _check_finite("q", q, token_mask)
-  routed_q = q[..., config.num_shared :, :].astype(jnp.float32)
-  square = jnp.sum(routed_q * routed_q, axis=-1)
+  wide = q.astype(jnp.float32)
+  square = constrain(jnp.sum(wide * wide, axis=-1), "batch", "length", None)
+  square = square[..., config.num_shared :]
   # The square root has an infinite slope at 0.
   norms = jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), 0)
   probs = jax.nn.softmax(norms / _std(norms)) if config.routes else norms
@@ -278,9 +280,12 @@ def _select(
     return jnp.ones(scores.shape, bool)
   groups = routed // config.group_size
   scores = scores.reshape(*batch, groups, config.group_size).mean(axis=-1)
-  # `top_k` documents that equal elements come lowest index first.
-  _, ids = jax.lax.top_k(scores, config.top_k // config.group_size)
-  chosen = jnp.any(ids[..., None] == jnp.arange(groups), axis=-2)
+  # By comparing all with all: of a `top_k` devices would exchange the operand.
+  scores = jnp.where(jnp.isnan(scores), jnp.inf, scores)
+  other, own = scores[..., None, :], scores[..., :, None]
+  index = jnp.arange(groups)
+  ahead = (other > own) | ((other == own) & (index < index[:, None]))
+  chosen = jnp.sum(ahead, axis=-1) < config.top_k // config.group_size
   return jnp.repeat(chosen, config.group_size, axis=-1)
 
 
@@ -293,6 +298,7 @@ def _join(
 ) -> Routing:
   mask = jnp.concatenate([jnp.ones(shared.shape, bool), routed_mask], axis=-1)
   gates = jnp.concatenate([shared, routed], axis=-1)
+  mask, gates = (constrain(x, "batch", "length", None) for x in (mask, gates))
   if token_mask is not None:
     mask &= token_mask[..., None]
     gates = jnp.where(token_mask[..., None], gates, 0.0)
@@ -304,12 +310,13 @@ def _project(
 ) -> Float[Array, "B T heads"]:
   # Full precision also where the hardware multiplies in bfloat16 by default:
   # the choice of heads must not depend on the chip.
-  return jnp.einsum(
+  logits = jnp.einsum(
     "btd,dn->btn",
     x,
     w.astype(jnp.float32),
     precision=jax.lax.Precision.HIGHEST,
   )
+  return constrain(logits, "batch", "length", None)
 
 
 def _check_finite(

@@ -1,5 +1,6 @@
 """What the partitioner of `jax.jit` cannot split is split by hand here."""
 
+import math
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -8,7 +9,7 @@ from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array, Int
 
 from jaxheads.sharding.mesh import AXES
-from jaxheads.sharding.rules import RULES
+from jaxheads.sharding.rules import as_names, axes_of
 from pallas_kernels.head_attention import HeadContexts
 from pallas_kernels.value_checks import checks_under_jit
 
@@ -18,8 +19,8 @@ _Arrays = TypeVar("_Arrays")
 def per_device(
   run: Callable[[_Arrays], Any],
   arrays: _Arrays,
-  specs: _Arrays,
-  out_spec: PartitionSpec,
+  specs: Any,
+  out_spec: Any,
   *,
   batch_size: int,
   num_kv_heads: int = 1,
@@ -47,14 +48,9 @@ def per_device(
     if name in AXES and kind != AxisType.Manual
   }
   split: set[str] = set()
-  for axes, number in (
-    (RULES["batch"], batch_size),
-    ((RULES["heads"],), num_kv_heads),
-  ):
-    axes = tuple(axis for axis in axes if axis in sizes)
-    devices = 1
-    for axis in axes:
-      devices *= sizes[axis]
+  for logical, number in (("batch", batch_size), ("heads", num_kv_heads)):
+    axes = [axis for axis in axes_of(logical) if axis in sizes]
+    devices = math.prod(sizes[axis] for axis in axes)
     if devices > 1 and number % devices == 0:
       split |= set(axes)
   # JAX's checkify does not run through a shard_map that a mesh context has.
@@ -62,8 +58,7 @@ def per_device(
     return run(arrays)
 
   def own(entry: Any) -> tuple[str, ...]:
-    names = (entry,) if isinstance(entry, str) else entry or ()
-    return tuple(name for name in names if name in split)
+    return tuple(name for name in as_names(entry) if name in split)
 
   def fit(leaf: Any, where: PartitionSpec) -> PartitionSpec | None:
     if leaf is None:

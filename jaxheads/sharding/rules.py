@@ -17,6 +17,7 @@ from jaxheads.sharding.mesh import AXES, nearest_divisor
 # What is not listed is on no axis: every device holds all of it.
 RULES: dict[str, str | tuple[str, ...]] = {
   "batch": ("data", "fsdp"),  # Sequences.
+  "replica": "data",  # Sequences, where their features are split over fsdp.
   "length": "context",  # Tokens of a sequence.
   "embed": "fsdp",  # The residual stream, of parameters; gathered for use.
   "heads": "heads",
@@ -36,14 +37,26 @@ _PARAMETERS: tuple[tuple[str, tuple[str | None, ...]], ...] = (
   (r"(key|value)/kernel", ("embed", "kv_heads", None)),
   (r"(key|value)/bias", ("kv_heads", None)),
   (r"out/kernel", ("heads", None, "embed")),
-  (r"router_(routed|kind|shared)", ("embed", None)),
   (r"(gate|up)/kernel", ("embed", "mlp")),
   (r"down/kernel", ("mlp", "embed")),
 )
 
 
-def spec(*logical: str | None) -> PartitionSpec:
-  """Mesh axes of an array, from what its axes mean."""
+def axes_of(logical: str) -> tuple[str, ...]:
+  """Mesh axes that an axis of this meaning is on."""
+  return as_names(RULES.get(logical))
+
+
+def as_names(entry: Any) -> tuple[str, ...]:
+  """An entry of a `PartitionSpec` as a tuple."""
+  return (entry,) if isinstance(entry, str) else entry or ()
+
+
+def spec(*logical: str | None) -> Any:
+  """The `PartitionSpec` of an array, from what its axes mean.
+
+  Of any type, so that it can stand where a tree has arrays.
+  """
   return PartitionSpec(
     *(None if name is None else RULES.get(name) for name in logical)
   )
@@ -120,10 +133,9 @@ def _fitting(
   """`where` without the axes that are not there or do not divide."""
   fitting: list[tuple[str, ...] | None] = []
   for length, entry in zip(shape, where, strict=False):
-    names = (entry,) if isinstance(entry, str) else entry or ()
     kept: list[str] = []
     parts = 1
-    for name in names:
+    for name in as_names(entry):
       if name in sizes and length % (parts * sizes[name]) == 0:
         kept.append(name)
         parts *= sizes[name]

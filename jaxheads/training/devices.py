@@ -8,7 +8,25 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxheads.errors import UserError
-from jaxheads.sharding import spec
+from jaxheads.models import ModelConfig
+from jaxheads.sharding import (
+  MeshShape,
+  check_heads,
+  make_mesh,
+  parse_mesh,
+  spec,
+)
+
+
+def model_mesh(shape: MeshShape | None, model_config: ModelConfig) -> Mesh:
+  """The mesh of all devices for a model; `None` is `parse_mesh(None)`.
+
+  Raises:
+    UserError: The model's heads do not split over it.
+  """
+  shape = shape or parse_mesh(None, jax.device_count())
+  check_heads(model_config.num_heads, model_config.num_kv_heads, shape.heads)
+  return make_mesh(shape)
 
 
 def put_batch(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, Any]:

@@ -135,7 +135,7 @@ def fit(
     aux_weight=config.optimizer.aux_weight,
     accumulate=config.optimizer.accumulate,
     schedule=schedule,
-    mesh=mesh,
+    like=state,
   )
 
   loader, evaluator = make_data(graphdef, mesh)

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from jaxheads.data import Corpus, Loader, Tokenizer, make_loader
 from jaxheads.errors import UserError
 from jaxheads.models import DecoderLM, ModelConfig
-from jaxheads.sharding import MeshShape, check_heads, make_mesh, parse_mesh
+from jaxheads.sharding import MeshShape
 from jaxheads.training import artefacts, devices, signals
 from jaxheads.training.config import TrainConfig
 from jaxheads.training.console import Reporter
@@ -115,9 +115,7 @@ def check_sizes(
       f"({model_config.max_seq_len}), got {config.seq_len}; lower it or raise "
       "`--model.max-seq-len`"
     )
-  shape = shape or parse_mesh(None, jax.device_count())
-  check_heads(model_config.num_heads, model_config.num_kv_heads, shape.heads)
-  mesh = make_mesh(shape)
+  mesh = devices.model_mesh(shape, model_config)
   devices.check_batch_size(
     config.batch_size, mesh, accumulate=config.optimizer.accumulate
   )

@@ -95,7 +95,7 @@ def make_train_step(
   aux_weight: float,
   accumulate: int = 1,
   schedule: optax.Schedule | None = None,
-  mesh: Mesh,
+  like: TrainState,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
   """The compiled step: (state, batch) to (new state, metrics).
 
@@ -103,7 +103,8 @@ def make_train_step(
   it is the same mean over all tokens of the batch, whatever the parts hold;
   only the balance statistics are those of each part, averaged.
 
-  The state given in is donated: do not use it again.
+  The state given in is donated: do not use it again. New states are placed as
+  `like` is, of which nothing else is looked at.
   """
 
   def objective(
@@ -119,6 +120,7 @@ def make_train_step(
     return nats + aux_weight * aux, (nats, aux, rest)
 
   gradient = jax.grad(objective, has_aux=True)
+  placed: Any = jax.tree.map(lambda x: x.sharding, like)
 
   def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
     num_tokens = jnp.sum(batch["mask"], dtype=jnp.float32)
@@ -142,7 +144,7 @@ def make_train_step(
         part, (zeros, state.rest), jax.tree.map(_split_rows, batch)
       )
     # Each device adds up its own part of them.
-    grads = jax.lax.with_sharding_constraint(grads, shardings(grads, mesh))
+    grads = jax.lax.with_sharding_constraint(grads, placed.params)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     metrics = {
       "loss": nats,
@@ -151,21 +153,21 @@ def make_train_step(
     }
     if schedule is not None:
       metrics["learning_rate"] = schedule(state.step)
-    state = TrainState(
+    return TrainState(
       step=state.step + 1,
       params=optax.apply_updates(state.params, updates),
       rest=rest,
       opt_state=opt_state,
-    )
-    placed = shardings(state, mesh)
-    return jax.lax.with_sharding_constraint(state, placed), metrics
+    ), metrics
 
   def _split_rows(rows: Array) -> Array:
     # Row i goes to part i % accumulate, so that a device's rows stay on it.
     rows = rows.reshape(-1, accumulate, *rows.shape[1:])
     return jnp.swapaxes(rows, 0, 1)
 
-  return jax.jit(step, donate_argnums=0)
+  return jax.jit(
+    step, donate_argnums=0, out_shardings=(placed, like.step.sharding)
+  )
 
 
 def make_eval_step(

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import jax
@@ -169,11 +169,13 @@ def _module(name: str) -> Implementation:
 
 def _switch(
   which: Int[Array, ""] | None,
-  branches: list[Callable[..., Any]],
+  branches: Sequence[Callable[..., Any]],
   *args: Any,
 ) -> Any:
-  return branches[0](*args) if which is None else jax.lax.switch(
-    which, branches, *args
+  return (
+    branches[0](*args)
+    if which is None
+    else jax.lax.switch(which, branches, *args)
   )
 
 

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from jaxheads import s2
-from jaxheads.models import token_nats, ModelConfig, generate
+from jaxheads.models import ModelConfig, generate, token_nats
 from jaxheads.moh import MoHConfig
 from jaxheads.nn import auxiliary_loss
 from tests import oracles

@@ -69,7 +69,7 @@ def trained(
       mesh=mesh,
     )
     step = make_train_step(
-      graphdef, transform, aux_weight=0.1, accumulate=accumulate, mesh=mesh
+      graphdef, transform, aux_weight=0.1, accumulate=accumulate, like=state
     )
     history = []
     for number in range(STEPS):

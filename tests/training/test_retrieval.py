@@ -13,7 +13,7 @@ from jaxheads.data import (
   NeedleTask,
   Stage,
 )
-from jaxheads.training import devices
+from jaxheads.sharding import MeshShape, make_mesh
 from jaxheads.training.retrieval import Retrieval, plot_retrieval
 from jaxheads.training.step import TrainState
 
@@ -54,7 +54,7 @@ class Finder(nnx.Module):
 
 def retrieval(reach):
   graphdef, rest = nnx.split(Finder(reach))
-  mesh = devices.data_mesh()
+  mesh = make_mesh(MeshShape(data=8))
   state = TrainState(jnp.int32(3), {}, nnx.to_pure_dict(rest), None)
   asked = Retrieval(
     graphdef,

@@ -7,6 +7,7 @@ import pytest
 
 from jaxheads.errors import UserError
 from jaxheads.models import DecoderLM
+from jaxheads.sharding import MeshShape, make_mesh
 from jaxheads.training import OptimizerOptions, devices, optimizer
 from jaxheads.training.step import init_state, make_eval_step, make_train_step
 from tests.training import small
@@ -35,7 +36,7 @@ def trained(num_devices, accumulate=1, aux_weight=0.01, **options):
   """By `equal_rows`: metrics of each step, last state, its validation loss."""
   model = dataclasses.replace(small.config().model, **options)
   model_config = model.build(257)
-  mesh = devices.data_mesh(jax.devices()[:num_devices])
+  mesh = make_mesh(MeshShape(data=num_devices), jax.devices()[:num_devices])
   transform = optimizer.build(OptimizerOptions(warmup_steps=0), 100)
   results = {}
   with jax.set_mesh(mesh):
@@ -50,7 +51,7 @@ def trained(num_devices, accumulate=1, aux_weight=0.01, **options):
       transform,
       aux_weight=aux_weight,
       accumulate=accumulate,
-      mesh=mesh,
+      like=fresh,
     )
     evaluate = make_eval_step(graphdef)
     for equal_rows in (False, True):
@@ -119,8 +120,8 @@ def test_the_task_loss_falls_and_steps_are_counted():
   ("batch_size", "accumulate", "nearest"), [(7, 1, 8), (18, 1, 16), (8, 2, 16)]
 )
 def test_batch_that_devices_cannot_share(batch_size, accumulate, nearest):
-  mesh = devices.data_mesh()
+  mesh = make_mesh(MeshShape(data=8))
   with pytest.raises(
-    UserError, match=f"8 devices.*got {batch_size}; the nearest is {nearest}"
+    UserError, match=f"8.*got {batch_size}; the nearest is {nearest}"
   ):
     devices.check_batch_size(batch_size, mesh, accumulate=accumulate)
