@@ -344,6 +344,7 @@ def train_and_ask(
   import jax
 
   from jaxheads.models import DecoderLM
+  from jaxheads.sharding.placement import place_on
   from jaxheads.training import devices, fit, signals
   from jaxheads.training.retrieval import retrieval_data
 
@@ -365,6 +366,7 @@ def train_and_ask(
   if not resume:
     folder.create(config, model_config)
   mesh = devices.model_mesh(mesh_shape, model_config)
+  model_config = place_on(mesh, model_config, longest)
   with signals.stop_on_signals() as stop, jax.set_mesh(mesh):
     _, state, retrieval = fit(
       config,

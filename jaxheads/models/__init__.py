@@ -7,3 +7,4 @@ from jaxheads.models.config import Run as Run
 from jaxheads.models.decoder import DecoderBlock as DecoderBlock
 from jaxheads.models.decoder import DecoderLM as DecoderLM
 from jaxheads.models.generate import generate as generate
+from jaxheads.models.reorder import reordered as reordered

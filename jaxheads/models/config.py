@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple, get_args
 
-from jaxheads import flops
+from jaxheads import flops, head_order
 from jaxheads.moh import MoHConfig, router_size
 from jaxheads.moh._execution import Execution, Implementation
 from jaxheads.s2 import Pattern
@@ -28,6 +28,7 @@ class Run(NamedTuple):
 
   plan: MoHConfig | None
   context: Pattern | None
+  head_order: head_order.HeadOrder | None
   num_layers: int
 
 
@@ -66,6 +67,11 @@ class ModelConfig:
   # One per layer, which keys each head sees; None: all earlier ones. Empty:
   # None for every layer.
   contexts: tuple[Pattern | None, ...] = ()
+  # One per layer, the head at each place where heads are stored; None: their
+  # own order. Empty: None for every layer. Plans, contexts and all that the
+  # model tells of heads number them in their own order; caches, and policies
+  # of caches, as they are stored. See `jaxheads.sharding.placement`.
+  head_orders: tuple[head_order.HeadOrder | None, ...] = ()
 
   def __post_init__(self) -> None:
     for name in _SIZES:
@@ -110,6 +116,7 @@ class ModelConfig:
           f"`contexts[{layer}]` must reach `max_seq_len` "
           f"({self.max_seq_len}): {error}"
         ) from error
+    self._check_head_orders()
     for name in ("rope_theta", "norm_eps"):
       number = getattr(self, name)
       if not (math.isfinite(number) and number > 0):
@@ -153,6 +160,35 @@ class ModelConfig:
           f"({self.num_heads}), got {value.num_heads}."
         )
 
+  def _check_head_orders(self) -> None:
+    """One form for each meaning: heads in their own order are None, or ()."""
+    if self.head_orders and len(self.head_orders) != self.num_layers:
+      raise ValueError(
+        "`head_orders` must hold one entry for each of the "
+        f"{self.num_layers} layers (`num_layers`) or none, got "
+        f"{len(self.head_orders)}."
+      )
+    orders = tuple(
+      head_order.checked(
+        order,
+        self.num_heads,
+        self.num_kv_heads,
+        name=f"head_orders[{layer}]",
+      )
+      for layer, order in enumerate(self.head_orders)
+    )
+    object.__setattr__(self, "head_orders", orders if any(orders) else ())
+
+  @property
+  def stored_contexts(self) -> tuple[Pattern | None, ...]:
+    """The contexts, with a rule for each place where heads are stored."""
+    if not self.head_orders:
+      return self.contexts
+    return tuple(
+      context and context.reordered(order)
+      for context, order in zip(self.contexts, self.head_orders, strict=True)
+    )
+
   @property
   def total_heads(self) -> int:
     """Query heads, summed over the layers."""
@@ -165,13 +201,14 @@ class ModelConfig:
 
   @property
   def runs(self) -> tuple[Run, ...]:
-    """Consecutive layers of equal plan and context."""
+    """Consecutive layers of equal plan, context and order of heads."""
     runs: list[Run] = []
-    for plan, context in zip(self.head_plans, self.contexts, strict=True):
-      if runs and runs[-1][:2] == (plan, context):
+    orders = self.head_orders or (None,) * self.num_layers
+    for alike in zip(self.head_plans, self.contexts, orders, strict=True):
+      if runs and runs[-1][:-1] == alike:
         runs[-1] = runs[-1]._replace(num_layers=runs[-1].num_layers + 1)
       else:
-        runs.append(Run(plan, context, 1))
+        runs.append(Run(*alike, num_layers=1))
     return tuple(runs)
 
   @property
@@ -247,8 +284,8 @@ class ModelConfig:
   def from_dict(cls, fields: Mapping[str, Any]) -> "ModelConfig":
     """The config whose `to_dict` gave `fields`.
 
-    Fields that have a default may be missing, as `contexts` is in what
-    version 0.1.0 wrote.
+    Fields that have a default may be missing, as `contexts` and `head_orders`
+    are in what version 0.1.0 wrote.
 
     Raises:
       ValueError: A field is missing, or unknown to this version.

@@ -15,14 +15,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxheads.head_order import HeadOrder
 from jaxheads.models._loss import nats_in_parts
 from jaxheads.models.config import ModelConfig, Run
-from jaxheads.moh import (
-  MoHConfig,
-  RouterParams,
-  route,
-  route_by_query_norm,
-)
+from jaxheads.moh import MoHConfig
 from jaxheads.nn import HeadAttention
 from jaxheads.s2 import Pattern
 from jaxheads.sharding import constrain
@@ -80,9 +76,11 @@ class DecoderBlock(nnx.Module):
   """One layer: x + attention(norm(x)), then x + feed-forward(norm(x)).
 
   Args:
-    config: Sizes and numerics; its `head_plans` and `contexts` are not read.
+    config: Sizes and numerics; its `head_plans`, `contexts` and `head_orders`
+      are not read.
     plan: This layer's heads; `None` keeps every head on and ungated.
     context: What each of them sees; `None` means all earlier tokens.
+    head_order: How they are stored; `None` means in their own order.
     rngs: Source of the initial parameters.
   """
 
@@ -91,6 +89,7 @@ class DecoderBlock(nnx.Module):
     config: ModelConfig,
     plan: MoHConfig | None,
     context: Pattern | None = None,
+    head_order: HeadOrder | None = None,
     *,
     rngs: nnx.Rngs,
   ) -> None:
@@ -102,6 +101,7 @@ class DecoderBlock(nnx.Module):
       num_kv_heads=config.num_kv_heads,
       moh=plan,
       pattern=context,
+      head_order=head_order,
       rope_theta=config.rope_theta,
       dtype=jnp.dtype(config.dtype),
       param_dtype=jnp.dtype(config.param_dtype),
@@ -144,18 +144,10 @@ class DecoderBlock(nnx.Module):
 
   def active_heads(self, x: Float[Array, "B T D"]) -> Bool[Array, "B T N"]:
     """True where (token, head) is active, given the layer's input."""
-    attention = self.attention
-    plan = attention.moh
-    if plan is None:
-      return jnp.ones((*x.shape[:2], attention.num_heads), bool)
-    x = self.attention_norm(x)
-    if plan.router == "query_norm":
-      return route_by_query_norm(attention.query(x), plan).mask
-    routers = (
-      getattr(attention, f"router_{name}") for name in RouterParams._fields
-    )
-    params = RouterParams(*(None if w is None else w[...] for w in routers))
-    return route(x, params, plan).mask
+    active = self.attention.active_heads(self.attention_norm(x))
+    if active is None:
+      return jnp.ones((*x.shape[:2], self.attention.num_heads), bool)
+    return active
 
 
 class DecoderLM(nnx.Module):
@@ -447,7 +439,7 @@ class DecoderLM(nnx.Module):
 
 def _stack(config: ModelConfig, run: Run, key: Array) -> DecoderBlock:
   """Layers of one run as one block with a leading axis everywhere."""
-  alike = (run.plan, run.context)
+  alike = run[:-1]
   graphdef = nnx.graphdef(
     nnx.eval_shape(
       lambda: DecoderBlock(config, *alike, rngs=nnx.Rngs(params=0))
@@ -464,7 +456,7 @@ def _stack_state(
   keys: Array,
   *,
   config: ModelConfig,
-  alike: tuple[MoHConfig | None, Pattern | None],
+  alike: tuple[MoHConfig | None, Pattern | None, HeadOrder | None],
 ) -> nnx.State:
   """State of one block for each key, along a leading axis."""
 

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from jaxheads.head_order import HeadOrder, inverse, take
 from jaxheads.moh._config import MoHConfig
 from jaxheads.sharding import constrain
 from pallas_kernels.packing import check_active
@@ -214,6 +215,7 @@ def route_by_query_norm(
   config: MoHConfig,
   *,
   token_mask: Bool[Array, "B T"] | None = None,
+  head_order: HeadOrder | None = None,
 ) -> Routing:
   """Heads by the largest query norms; gates are 1, with a surrogate gradient.
 
@@ -226,6 +228,8 @@ def route_by_query_norm(
     q: Queries of all heads, before or after RoPE (which keeps norms).
     config: Heads of the layer, `router="query_norm"`.
     token_mask: True for real tokens; padding activates no head.
+    head_order: Which head each of the queries is of; `None` is head 0, 1, ...
+      The routing is in the heads' own order.
 
   Raises:
     ValueError: `config` asks for another router or another head count, or `q`
@@ -249,6 +253,8 @@ def route_by_query_norm(
   _check_finite("q", q, token_mask)
   wide = q.astype(jnp.float32)
   square = constrain(jnp.sum(wide * wide, axis=-1), "batch", "length", None)
+  if head_order is not None:
+    square = take(square, inverse(head_order), axis=-1)
   square = square[..., config.num_shared :]
   # The square root has an infinite slope at 0.
   norms = jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), 0)

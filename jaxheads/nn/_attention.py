@@ -1,7 +1,7 @@
 """Attention as an NNX module: routed heads, sharded contexts, or neither."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -9,8 +9,10 @@ from flax import nnx
 from flax.nnx.nn.linear import default_kernel_init
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxheads import head_order as head_order_lib
 from jaxheads import s2
 from jaxheads.decoding import decode_attention
+from jaxheads.head_order import HeadOrder, take
 from jaxheads.moh import (
   MoHConfig,
   RouterParams,
@@ -75,6 +77,7 @@ class HeadAttention(nnx.Module):
     *,
     moh: MoHConfig | None = None,
     pattern: HeadContexts | None = None,
+    head_order: Sequence[int] | None = None,
     rope_theta: float | None = None,
     dtype: Any = None,
     param_dtype: Any = jnp.float32,
@@ -110,6 +113,12 @@ class HeadAttention(nnx.Module):
         multi-head attention.
       pattern: What each head sees, counted from the first key, padding
         included; None for everything. See `jaxheads.s2`.
+      head_order: The head at each place where heads are stored, so that
+        devices that hold consecutive places have equal work; query heads of
+        one KV head stay together. None is their own order. The parameters,
+        the cache and what `project_q`, `project_kv` and `attend_with` hand
+        over are in the stored order; masks, the pattern, routers, statistics
+        and what is sown are in the heads' own. Outputs do not depend on it.
       rope_theta: Base of rotary position embeddings; None for none.
       dtype: Of the computation; inferred from inputs and parameters if None.
       param_dtype: Of the parameters.
@@ -159,6 +168,9 @@ class HeadAttention(nnx.Module):
     self.head_dim = self.qkv_features // num_heads
     self.moh = moh
     self.pattern = pattern
+    self.head_order = head_order_lib.checked(
+      head_order, num_heads, self.num_kv_heads, name="head_order"
+    )
     self.rope_theta = rope_theta
     self.dtype = dtype
     self.broadcast_dropout = broadcast_dropout
@@ -207,6 +219,7 @@ class HeadAttention(nnx.Module):
       precision=precision,
       rngs=rngs,
     )
+    self._store_in_order()
     shapes = {} if moh is None else router_shapes(moh, in_features)
 
     def router_map(name: str) -> nnx.Param[Array] | None:
@@ -324,6 +337,8 @@ class HeadAttention(nnx.Module):
       mask = jnp.broadcast_to(mask, (*batch_shape, *mask.shape[-3:])).reshape(
         batch, *mask.shape[-3:]
       )
+      if mask.shape[1] == self.num_heads:
+        mask = take(mask, self.head_order, axis=1)
     token_mask = flat(token_mask, 1)
     segment_ids = flat(segment_ids, 1)
     k = flat(self._keys(inputs_k), 3)
@@ -395,6 +410,14 @@ class HeadAttention(nnx.Module):
     self.cached_key, self.cached_value, self.cache_index = _cache.empty(
       input_shape, self.num_kv_heads, self.head_dim, dtype, self.pattern
     )
+
+  def active_heads(
+    self, x: Float[Array, "B T D"]
+  ) -> Bool[Array, "B T N"] | None:
+    """True where (token, head) is active, given the input; `None`: all are."""
+    by_norm = self.moh is not None and self.moh.router == "query_norm"
+    routing = self._route(x, self._queries(x) if by_norm else None, None)
+    return None if routing is None else routing.mask
 
   # For caches that are kept outside of the module: what a call does, in parts.
 
@@ -477,7 +500,7 @@ class HeadAttention(nnx.Module):
         [B, T, N] (`None`: all) to the output of each head [B, T, N, H].
     """
     q = self._queries(x)
-    routing = self._route(x, q, None)
+    routing = _routing.stored(self._route(x, q, None), self.head_order)
     if self.rope_theta is not None:
       q = apply_rope(q, positions, theta=self.rope_theta)
     out = read(q, None if routing is None else routing.mask)
@@ -503,6 +526,27 @@ class HeadAttention(nnx.Module):
     if self.out.bias is None:
       return out
     return out + self.out.bias[...].astype(out.dtype)
+
+  @property
+  def _places(self) -> HeadOrder | None:
+    """Where each head is stored."""
+    return self.head_order and head_order_lib.inverse(self.head_order)
+
+  def _store_in_order(self) -> None:
+    """Moves the heads of fresh parameters to the places they are stored at."""
+    if self.head_order is None:
+      return
+    kv_order = head_order_lib.of_kv_heads(self.head_order, self.num_kv_heads)
+    for linear, order in (
+      (self.query, self.head_order),
+      (self.key, kv_order),
+      (self.value, kv_order),
+    ):
+      linear.kernel[...] = take(linear.kernel[...], order, axis=1)
+      if linear.bias is not None:
+        linear.bias[...] = take(linear.bias[...], order, axis=0)
+    kernel = self.out.kernel
+    kernel[...] = take(kernel[...], self.head_order, axis=0)
 
   @property
   def _decode_cache(self) -> _cache.Cache:
@@ -536,13 +580,17 @@ class HeadAttention(nnx.Module):
       key = _dropout.next_key(rngs, self.rngs) if dropout else None
 
       def weights_fn(weights: Array) -> Array:
+        weights = take(weights, self._places, axis=1)
         if sow_weights:
           self.sow(nnx.Intermediate, "attention_weights", weights)
-        if key is None:
-          return weights
-        return _dropout.drop(
-          weights, key, rate=self.dropout_rate, broadcast=self.broadcast_dropout
-        )
+        if key is not None:
+          weights = _dropout.drop(
+            weights,
+            key,
+            rate=self.dropout_rate,
+            broadcast=self.broadcast_dropout,
+          )
+        return take(weights, self.head_order, axis=1)
 
     # A few new tokens read the cache where it lies; all heads have queries.
     in_place = (
@@ -585,8 +633,9 @@ class HeadAttention(nnx.Module):
     self._report(routing, token_mask, deterministic)
     if sow_weights and routing is not None:
       self.sow(nnx.Intermediate, "gates", routing.gates)
+    routing = _routing.stored(routing, self.head_order)
     implementation = self.implementation
-    pattern = self.pattern
+    pattern = self.pattern and self.pattern.reordered(self.head_order)
     if in_place:
       assert cache is not None
       out = decode_attention(
@@ -671,6 +720,7 @@ class HeadAttention(nnx.Module):
     q: Float[Array, "B T N H"] | None,
     token_mask: Bool[Array, "B T"] | None,
   ) -> Routing | None:
+    """The routing, in the heads' own order, of queries as they are stored."""
     params = RouterParams(
       *(
         None if param is None else param[...]
@@ -684,6 +734,7 @@ class HeadAttention(nnx.Module):
       params=params,
       num_heads=self.num_heads,
       token_mask=token_mask,
+      head_order=self.head_order,
     )
 
   def _report(

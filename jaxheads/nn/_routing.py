@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from jaxheads.head_order import HeadOrder, take
 from jaxheads.moh import (
   MoHConfig,
   RouterParams,
@@ -21,6 +22,7 @@ def pick_heads(
   params: RouterParams,
   num_heads: int,
   token_mask: Bool[Array, "B T"] | None,
+  head_order: HeadOrder | None,
 ) -> Routing | None:
   """The routing of a layer; `None` where every head is on and ungated.
 
@@ -31,6 +33,7 @@ def pick_heads(
     params: The two-stage router's.
     num_heads: Query heads N.
     token_mask: True for real tokens; the others use no head.
+    head_order: Which heads the queries are of.
   """
   if moh is None:
     if token_mask is None:
@@ -39,8 +42,22 @@ def pick_heads(
     return Routing(mask, mask.astype(jnp.float32), jnp.zeros((*x.shape[:2], 0)))
   if moh.router == "query_norm":
     assert q is not None
-    return route_by_query_norm(q, moh, token_mask=token_mask)
+    return route_by_query_norm(
+      q, moh, token_mask=token_mask, head_order=head_order
+    )
   return route(x, params, moh, token_mask=token_mask)
+
+
+def stored(
+  routing: Routing | None, head_order: HeadOrder | None
+) -> Routing | None:
+  """The routing with heads as they are stored."""
+  if routing is None or head_order is None:
+    return routing
+  return routing._replace(
+    mask=take(routing.mask, head_order, axis=-1),
+    gates=take(routing.gates, head_order, axis=-1),
+  )
 
 
 def head_load(

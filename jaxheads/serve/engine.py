@@ -204,7 +204,7 @@ class Engine:
         f"`jaxheads.kvcache.make_policy('task_kv')`, got {policy!r}."
       )
     if any(sizes.contexts):
-      policy = ByContext(policy=policy, contexts=sizes.contexts)
+      policy = ByContext(policy=policy, contexts=sizes.stored_contexts)
     self._scheduler = Scheduler(
       shape=shape,
       page_size=page_size,

@@ -82,6 +82,19 @@ def constrain(x: Array, *logical: str | None) -> Array:
   )
 
 
+def parameter_axes(path: str) -> tuple[str | None, ...] | None:
+  """What the last axes of a parameter mean; `None` for other arrays.
+
+  Args:
+    path: Names joined by "/", of the parameter or of what an optimizer keeps
+      of it.
+  """
+  for pattern, logical in _PARAMETERS:
+    if re.search(rf"(^|/){pattern}(/value)?$", path):
+      return logical
+  return None
+
+
 def param_specs(tree: Any) -> Any:
   """A `PartitionSpec` for each array of a (nested) dict of parameters.
 
@@ -91,11 +104,11 @@ def param_specs(tree: Any) -> Any:
 
   def of_leaf(path: tuple[Any, ...], leaf: Any) -> PartitionSpec:
     name = jax.tree_util.keystr(path, simple=True, separator="/")
-    for pattern, logical in _PARAMETERS:
-      if re.search(rf"(^|/){pattern}(/value)?$", name):
-        layers = (None,) * (len(leaf.shape) - len(logical))
-        return spec(*layers, *logical)
-    return PartitionSpec()
+    logical = parameter_axes(name)
+    if logical is None:
+      return PartitionSpec()
+    layers = (None,) * (len(leaf.shape) - len(logical))
+    return spec(*layers, *logical)
 
   return jax.tree_util.tree_map_with_path(of_leaf, tree)
 

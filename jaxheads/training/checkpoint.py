@@ -9,6 +9,7 @@ check is never loaded, the newest older step is.
 import contextlib
 import dataclasses
 import errno
+import functools
 import json
 import logging
 import os
@@ -16,6 +17,7 @@ import pathlib
 import shutil
 import sys
 import threading
+import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
@@ -28,6 +30,7 @@ from flax import nnx
 from jaxheads.data import load_tokenizer
 from jaxheads.errors import UserError
 from jaxheads.models import DecoderLM, ModelConfig
+from jaxheads.models.reorder import is_moved, reorder, source_path
 from jaxheads.training.run_folder import RunFolder, write_json
 from jaxheads.training.step import TrainState
 
@@ -217,7 +220,8 @@ def restore_newest(
 
   Args:
     like: Shapes, dtypes and shardings to restore to.
-    model_config: The model that `like` belongs to.
+    model_config: The model that `like` belongs to. It may store its heads in
+      another order than the one that was saved.
   Raises:
     UserError: Steps were saved and none can be read, or they belong to another
       model.
@@ -259,8 +263,8 @@ def restore_model(
       takes the newest that can be read.
     say: Told, in one line each, about steps that had to be skipped.
   Returns:
-    The model on the default device, its config, the tokenizer it was trained
-    with, and the step.
+    The model on the default device, its heads in their own order; its config,
+    the tokenizer it was trained with, and the step.
   Raises:
     UserError: There is no run or no checkpoint, or the one asked for is
       missing or damaged.
@@ -269,6 +273,7 @@ def restore_model(
   if not run.path.is_dir():
     raise UserError(f"there is no folder {str(run.path)!r}")
   train_config, model_config = run.read_config()
+  model_config = dataclasses.replace(model_config, head_orders=())
   directory = run.checkpoints.absolute()
   steps = saved_steps(directory)
   if not steps:
@@ -304,10 +309,8 @@ def restore_model(
     folder = directory / str(candidate)
     try:
       _check_files(folder)
-      _check_model(folder, model_config)
-      arrays = {
-        name: _restore_arrays(folder, name, tree) for name, tree in like.items()
-      }
+      _, saved_config = _check_model(folder, model_config)
+      arrays = _restore_arrays(folder, like, saved_config, model_config)
     except BadCheckpoint as error:
       reason = reason or f"step {candidate}: {error}"
       if candidate != candidates[-1]:
@@ -325,10 +328,13 @@ def _restore(
   folder: pathlib.Path, like: TrainState, model_config: ModelConfig
 ) -> Restored:
   _check_files(folder)
-  record = _check_model(folder, model_config)
-  arrays = {
-    name: _restore_arrays(folder, name, getattr(like, name)) for name in _ARRAYS
-  }
+  record, saved_config = _check_model(folder, model_config)
+  arrays = _restore_arrays(
+    folder,
+    {name: getattr(like, name) for name in _ARRAYS},
+    saved_config,
+    model_config,
+  )
   step = int(folder.name)
   counter = jax.device_put(
     jnp.asarray(step, like.step.dtype), like.step.sharding
@@ -357,19 +363,24 @@ def _check_files(folder: pathlib.Path) -> None:
 
 def _check_model(
   folder: pathlib.Path, model_config: ModelConfig
-) -> dict[str, Any]:
-  """The record; `UserError` if it is of another model than `model_config`."""
+) -> tuple[dict[str, Any], ModelConfig]:
+  """The record, and the model it is of.
+
+  Raises:
+    UserError: That is another model than `model_config`.
+    BadCheckpoint: The record cannot be read.
+  """
   try:
     record = ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(
       folder / "record"
     )
     # Filled up with the defaults of fields that it was written without.
-    saved = _json(ModelConfig.from_dict(record["model"]))
+    saved_config = ModelConfig.from_dict(record["model"])
   except Exception as error:
     raise BadCheckpoint(_one_line(error)) from error
-  expected = _json(model_config)
+  saved, expected = _json(saved_config), _json(model_config)
   # How a model is computed may change between runs, what it is may not.
-  free = {"execution", "implementation", "remat", "dtype"}
+  free = {"execution", "implementation", "remat", "dtype", "head_orders"}
   differing = [
     f"`{name}` differs"
     if len(f"{saved[name]}{value}") > 200
@@ -382,22 +393,90 @@ def _check_model(
       f"the checkpoint {folder} is of another model: {'; '.join(differing)}; "
       "resume without model flags, or start a new run"
     )
-  return record
+  return record, saved_config
 
 
 def _json(config: ModelConfig) -> dict[str, Any]:
   return json.loads(json.dumps(config.to_dict()))
 
 
-def _restore_arrays(folder: pathlib.Path, name: str, like: Any) -> Any:
-  """The tree saved as item `name`, with the structure and shardings of `like`.
+def _restore_arrays(
+  folder: pathlib.Path,
+  like: dict[str, Any],
+  saved: ModelConfig,
+  wanted: ModelConfig,
+) -> dict[str, Any]:
+  """The trees saved as these items, with the structure and shardings of `like`.
 
+  Args:
+    saved: The model of which the items were saved.
+    wanted: The model of `like`, which may store its heads in another order.
   Raises:
-    BadCheckpoint: It cannot be read, or holds other arrays than `like`.
+    BadCheckpoint: They cannot be read, or hold other arrays than `like`.
   """
-  flat = _flatten(like)
+  flat = _joined({name: _flatten(tree) for name, tree in like.items()})
+  before = _as_saved(flat, saved, wanted)
+  arrays = _joined(
+    {name: _restore_item(folder, name, _of_item(before, name)) for name in like}
+  )
+  arrays = _moved(arrays, flat, saved, wanted)
+  return {
+    name: _unflatten(tree, _of_item(arrays, name))
+    for name, tree in like.items()
+  }
+
+
+def _as_saved(
+  flat: dict[str, Any], saved: ModelConfig, wanted: ModelConfig
+) -> dict[str, Any]:
+  """What to read so that `_moved` makes `flat` of it: shapes and shardings."""
+  if saved.head_orders == wanted.head_orders:
+    return flat
+  shapes = jax.eval_shape(
+    functools.partial(reorder, before=wanted, after=saved), flat
+  )
+  return {
+    path: jax.ShapeDtypeStruct(
+      shape.shape,
+      shape.dtype,
+      sharding=flat[source_path(path, wanted, saved)].sharding,
+    )
+    for path, shape in shapes.items()
+  }
+
+
+def _moved(
+  arrays: dict[str, Any],
+  like: dict[str, Any],
+  saved: ModelConfig,
+  wanted: ModelConfig,
+) -> dict[str, Any]:
+  """The arrays, heads at the places where `wanted` has them."""
+  moving = {k: v for k, v in arrays.items() if is_moved(k, wanted, saved)}
+  if not moving:
+    return arrays
+  staying = {k: v for k, v in arrays.items() if k not in moving}
+  move = jax.jit(
+    functools.partial(reorder, before=saved, after=wanted),
+    donate_argnums=0,
+    out_shardings={
+      path: array.sharding
+      for path, array in like.items()
+      if is_moved(path, saved, wanted)
+    },
+  )
+  with warnings.catch_warnings():
+    # Where layers go to other stacks, the old ones have other shapes.
+    warnings.filterwarnings("ignore", message="Some donated buffers")
+    return staying | move(moving)
+
+
+def _restore_item(
+  folder: pathlib.Path, name: str, flat: dict[str, Any]
+) -> dict[str, Any]:
+  """The arrays of one item, by path."""
   if not flat and not (folder / name).exists():
-    return like
+    return {}
   handler = ocp.PyTreeCheckpointer()
   try:
     saved = handler.metadata(folder / name).item_metadata.tree
@@ -428,7 +507,26 @@ def _restore_arrays(folder: pathlib.Path, name: str, like: Any) -> Any:
     raise
   except Exception as error:
     raise BadCheckpoint(_one_line(error)) from error
-  return _unflatten(like, arrays)
+  return arrays
+
+
+def _joined(items: dict[str, dict[str, Any]]) -> dict[str, Any]:
+  """Arrays of all items by one path, which begins with the item's name."""
+  return {
+    f"{name}/{path}": array
+    for name, arrays in items.items()
+    for path, array in arrays.items()
+  }
+
+
+def _of_item(arrays: dict[str, Any], name: str) -> dict[str, Any]:
+  """The inverse of `_joined`, for one item."""
+  prefix = f"{name}/"
+  return {
+    path.removeprefix(prefix): array
+    for path, array in arrays.items()
+    if path.startswith(prefix)
+  }
 
 
 def _flatten(tree: Any) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from jaxheads.data import Corpus, Tokenizer, load_corpus, load_tokenizer
 from jaxheads.errors import UserError
 from jaxheads.models import ModelConfig
 from jaxheads.moh import explain_execution
-from jaxheads.sharding import MeshShape, parse_mesh
+from jaxheads.sharding import MeshShape, parse_mesh, placement
 from jaxheads.training import artefacts, console, devices, signals
 from jaxheads.training.checkpoint import quiet_storage, storage_reason
 from jaxheads.training.command_line import Request
@@ -78,7 +78,8 @@ def _run(request: Request, reporter: Reporter) -> None:
   tokenizer = load_tokenizer(config.tokenizer)
   model_config = config.model.build(tokenizer.vocab_size)
   mesh_shape = parse_mesh(request.mesh, jax.device_count())
-  check_sizes(config, model_config, mesh_shape)  # Before the text is read.
+  # Before the text is read.
+  mesh = check_sizes(config, model_config, mesh_shape)
   reporter.say(f"devices    {devices.describe()}")
   if mesh_shape.size > 1:
     reporter.say(f"mesh       {mesh_shape}")
@@ -87,6 +88,11 @@ def _run(request: Request, reporter: Reporter) -> None:
   if any(model_config.head_plans):
     execution = _describe_execution(model_config, config.seq_len)
     reporter.say(f"execution  {execution}")
+  shards = placement.head_shards(mesh, model_config)
+  if shards > 1:
+    placed = placement.place_on(mesh, model_config, config.seq_len)
+    balance = placement.report(placed, shards, config.seq_len)
+    reporter.say(f"placement  {balance}")
   corpus = load_corpus(
     config.data,
     tokenizer=tokenizer,

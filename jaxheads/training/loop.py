@@ -11,6 +11,7 @@ from jaxheads.data import Corpus, Loader, Tokenizer, make_loader
 from jaxheads.errors import UserError
 from jaxheads.models import DecoderLM, ModelConfig
 from jaxheads.sharding import MeshShape
+from jaxheads.sharding.placement import place_on
 from jaxheads.training import artefacts, devices, signals
 from jaxheads.training.config import TrainConfig
 from jaxheads.training.console import Reporter
@@ -39,7 +40,8 @@ def train(
   Args:
     config: Steps, batches, optimizer and intervals; its `model` and
       `baseline` parts are not read.
-    model_config: Handed to `build_model`.
+    model_config: Handed to `build_model`, its heads placed so that the devices
+      that share them have equal work.
     run: Where the artefacts go; made by the caller.
     corpus, tokenizer: What to learn from.
     reporter: Shows progress.
@@ -58,6 +60,7 @@ def train(
     Interrupted: SIGTERM or Ctrl-C came; the state is saved.
   """
   mesh = check_sizes(config, model_config, mesh_shape)
+  placed_config = place_on(mesh, model_config, config.seq_len)
 
   def make_data(
     graphdef: nnx.GraphDef[Any], mesh: Mesh
@@ -83,11 +86,11 @@ def train(
     with jax.set_mesh(mesh):
       graphdef, state, evaluator = fit(
         config,
-        model_config,
+        placed_config,
         run,
         name=artefacts.label(model_config),
         reporter=reporter,
-        build_model=lambda rngs: build_model(model_config, rngs=rngs),
+        build_model=lambda rngs: build_model(placed_config, rngs=rngs),
         make_data=make_data,
         resume=resume,
         mesh=mesh,

@@ -7,7 +7,8 @@ sequence length, hash and compare, and so are static arguments of `jax.jit`.
 
 import dataclasses
 import functools
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Self
 
 import numpy as np
 
@@ -187,6 +188,13 @@ class HeadContexts:
     if is_causal and not self.is_causal:
       return dataclasses.replace(self, is_causal=True)
     return self
+
+  def reordered(self, order: Sequence[int] | None) -> Self:
+    """This, with the rule of head `order[n]` at place n."""
+    if order is None:
+      return self
+    rules = tuple(self.rules[head] for head in order)
+    return dataclasses.replace(self, rules=rules)
 
   @property
   def query_reach(self) -> int | None:
