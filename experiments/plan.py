@@ -226,6 +226,8 @@ def show(
 
 
 def _gib(number: float) -> str:
+  if number < _GIB / 10:
+    return f"{number / 2**20:.1f} MiB"
   return f"{number / _GIB:.2f} GiB"
 
 

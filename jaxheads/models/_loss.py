@@ -8,8 +8,10 @@ from jaxtyping import Array, Float, Int
 
 from jaxheads.sharding import axis_size, constrain
 
-# Logits of so many bytes are computed at once on one device.
-_MOST_LOGITS_BYTES = 2**28
+# Logits of so many bytes are computed at once on one device. Each part reads the
+# output layer and adds to its gradient: of a thousand tokens and more, products
+# take longer than that on all TPUs from v5e on.
+_MOST_LOGITS_BYTES = 2**30
 
 
 def token_nats(
@@ -52,7 +54,7 @@ def nats_in_parts(
   if parts == 1:
     return nats(x, targets)
   # Gathered once, not for every part.
-  table = constrain(table, None, "vocab")
+  table = _gather(table)
 
   def cut(y: Array) -> Array:
     """To [parts, B, T / parts, ...]; every device has its tokens of each."""
@@ -63,6 +65,21 @@ def nats_in_parts(
   _, out = jax.lax.scan(step, None, (cut(x), cut(targets)))
   out = out.reshape(parts, batch, devices, -1)
   return jnp.moveaxis(out, 0, 2).reshape(batch, length)
+
+
+@jax.custom_vjp
+def _gather(table: Float[Array, "D V"]) -> Float[Array, "D V"]:
+  """All features of a device's words."""
+  return constrain(table, None, "vocab")
+
+
+def _gather_backward(_: None, grads: Array) -> tuple[Array]:
+  # Without the barrier the sum over all devices stays whole on each of them, to
+  # the end of the step: the optimizer would take its part of it only there.
+  return (jax.lax.optimization_barrier(constrain(grads, "embed", "vocab")),)
+
+
+_gather.defvjp(lambda table: (_gather(table), None), _gather_backward)
 
 
 def _count(batch: int, length: int, words: int) -> int:

@@ -23,6 +23,8 @@ class Memory:
     temporaries: All that lives in between, at the worst moment: gradients,
       activations, gathered parameters.
     code: Machine code.
+    heap: Where the compiler puts temporaries: what it counts of them, with gaps
+      and what arguments lend. In no sum.
   """
 
   arguments: Mapping[str, int]
@@ -30,6 +32,7 @@ class Memory:
   new_outputs: int
   temporaries: int
   code: int
+  heap: int
 
   @property
   def total(self) -> int:
@@ -87,12 +90,15 @@ def measure(compiled: jax.stages.Compiled, parts: Mapping[str, Any]) -> Memory:
   if stats is None:
     raise AssertionError("the compiler must tell memory sizes")
   arguments = {name: bytes_per_device(part) for name, part in parts.items()}
+  new_outputs = stats.output_size_in_bytes - stats.alias_size_in_bytes
+  kept = stats.argument_size_in_bytes + new_outputs
   return Memory(
     arguments=arguments,
     padding=stats.argument_size_in_bytes - sum(arguments.values()),
-    new_outputs=stats.output_size_in_bytes - stats.alias_size_in_bytes,
-    temporaries=stats.temp_size_in_bytes,
+    new_outputs=new_outputs,
+    temporaries=max(0, stats.peak_memory_in_bytes - kept),
     code=stats.generated_code_size_in_bytes,
+    heap=stats.temp_size_in_bytes,
   )
 
 

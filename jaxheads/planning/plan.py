@@ -161,11 +161,12 @@ def make_plan(
     if kernels
     else 0.0
   )
+  model_flops = _model_flops(config, what, batch_size, seq_len)
   hbm_bytes = counts.hbm_bytes(program)
   return Plan(
     memory=memory.measure(compiled, planned.parts),
     collectives=exchanged,
-    model_flops=_model_flops(config, what, batch_size, seq_len),
+    model_flops=model_flops,
     matmul_flops=matmul_flops,
     kernel_flops=kernel_flops,
     xla_flops=(compiled.cost_analysis() or {}).get("flops", 0.0),
@@ -175,7 +176,8 @@ def make_plan(
     roofline=roofline(
       topology,
       mesh,
-      flops=matmul_flops + kernel_flops,
+      # Products with a single row are none for the compiler.
+      flops=max(matmul_flops + kernel_flops, model_flops / shape.size),
       hbm_bytes=hbm_bytes,
       collectives=exchanged,
     ),
@@ -220,6 +222,7 @@ def to_dict(plan: Plan | memory.TooLarge) -> dict[str, Any]:
     "memory_bytes": {
       "total": plan.memory.total,
       **plan.memory.by_category(),
+      "(heap of temporaries)": plan.memory.heap,
     },
     "sent_bytes": {
       f"{kind} over {axes}": round(sent)

@@ -58,7 +58,7 @@ def train_step(
     aux_weight=options.aux_weight,
     accumulate=options.accumulate,
     schedule=optimizer.schedule(options, steps),
-    mesh=mesh,
+    like=state,
   )
   tokens = _tokens(mesh, batch_size, seq_len)
   batch = {
