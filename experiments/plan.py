@@ -15,18 +15,16 @@ and 6 GB.
 """
 
 import dataclasses
-import importlib.metadata
 import os
 import pathlib
 import sys
 from typing import Any
 
-import jax
 import rich.console
-import rich.table
 import tyro
 
 from experiments._timing import write_json
+from experiments.bench_tpu_cycles import environment
 from jaxheads.errors import UserError, one_line_errors
 from jaxheads.models import ModelConfig
 from jaxheads.models import presets as model_presets
@@ -145,10 +143,7 @@ def record(
 ) -> dict[str, Any]:
   """What the JSON file holds."""
   return {
-    "environment": {
-      "jax": jax.__version__,
-      "libtpu": importlib.metadata.version("libtpu"),
-    },
+    "environment": environment(),
     "what": command.what,
     "preset": command.preset,
     "parameters": problem.config.num_params,

@@ -8,9 +8,9 @@ from jaxtyping import Array, Float, Int
 
 from jaxheads.sharding import axis_size, constrain
 
-# Logits of so many bytes are computed at once on one device. Each part reads the
-# output layer and adds to its gradient: of a thousand tokens and more, products
-# take longer than that on all TPUs from v5e on.
+# Logits of so many bytes are computed at once on one device. Each part reads
+# the output layer and adds to its gradient: from a thousand tokens on, products
+# take longer than that, on all TPUs since v5e.
 _MOST_LOGITS_BYTES = 2**30
 
 

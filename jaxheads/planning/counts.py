@@ -224,9 +224,10 @@ def _read(
     return size, given_on
 
   for instruction in fused.instructions.values():
-    if instruction.opcode == "parameter":
-      if int(instruction.attributes.split(")")[0]) == number:
-        return of_value(instruction.name)
+    if instruction.opcode == "parameter" and number == int(
+      instruction.attributes.split(")")[0]
+    ):
+      return of_value(instruction.name)
   return 0, False
 
 
