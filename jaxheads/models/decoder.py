@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
@@ -21,7 +22,8 @@ from jaxheads.models.config import ModelConfig, Run
 from jaxheads.moh import MoHConfig
 from jaxheads.nn import HeadAttention
 from jaxheads.s2 import Pattern
-from jaxheads.sharding import constrain
+from jaxheads.sharding import axis_size, constrain
+from jaxheads.sharding.context import balanced_order
 
 
 class RMSNorm(nnx.Module):
@@ -125,6 +127,7 @@ class DecoderBlock(nnx.Module):
     segment_ids: Int[Array, "B T"] | None = None,
     deterministic: bool = True,
     decode: bool = False,
+    balanced: bool = False,
   ) -> Float[Array, "B T D"]:
     x = constrain(x, "batch", "length", None)
     with jax.named_scope("attention"):
@@ -136,6 +139,7 @@ class DecoderBlock(nnx.Module):
         segment_ids=segment_ids,
         deterministic=deterministic,
         decode=decode,
+        balanced=balanced,
       )
     x = constrain(x, "batch", "length", None)
     with jax.named_scope("mlp"):
@@ -215,8 +219,9 @@ class DecoderLM(nnx.Module):
       ValueError: Wrong shapes, a sequence longer than `config.max_seq_len`,
         or `decode` with padding or segments.
       TypeError: `tokens` are no integers.
+      UserError: Tokens or heads do not split over the mesh that is set.
     """
-    x = self._hidden(
+    x, order = self._hidden(
       tokens,
       positions=positions,
       token_mask=token_mask,
@@ -224,6 +229,7 @@ class DecoderLM(nnx.Module):
       deterministic=deterministic,
       decode=decode,
     )
+    x = _restored(x, order)
     with jax.named_scope("unembed"):
       return constrain(self.logits(x), "batch", "length", "vocab")
 
@@ -244,9 +250,12 @@ class DecoderLM(nnx.Module):
       targets: The tokens that did follow.
       deterministic: See the model's call.
     """
-    x = self._hidden(tokens, deterministic=deterministic)
+    x, order = self._hidden(tokens, deterministic=deterministic)
     with jax.named_scope("unembed"):
-      return nats_in_parts(self._score, x, self._table(), targets)
+      nats = nats_in_parts(
+        self._score, x, self._table(), _ordered(targets, order)
+      )
+    return _restored(nats, order)
 
   def _hidden(
     self,
@@ -257,14 +266,25 @@ class DecoderLM(nnx.Module):
     segment_ids: Int[Array, "B T"] | None = None,
     deterministic: bool = True,
     decode: bool = False,
-  ) -> Float[Array, "B T D"]:
-    """Output of the last layer."""
+  ) -> tuple[Float[Array, "B T D"], np.ndarray | None]:
+    """Output of the last layer, and the order its tokens are in."""
     self._check(tokens, positions, token_mask, segment_ids)
     if decode and not (token_mask is None and segment_ids is None):
       raise ValueError(
         "`token_mask` and `segment_ids` must be None when `decode` is True: "
         "the cache keeps one sequence per row, without padding. Decode "
         "prompts of different lengths in separate batches."
+      )
+    order = None
+    if not decode and axis_size("context") > 1:
+      # Devices hold parts of sequences: the order that gives them equal work.
+      length = tokens.shape[1]
+      order = balanced_order(length, axis_size("context"))
+      if positions is None:
+        count = jnp.arange(length, dtype=jnp.int32)
+        positions = jnp.broadcast_to(count, tokens.shape)
+      tokens, positions, token_mask, segment_ids = (
+        _ordered(x, order) for x in (tokens, positions, token_mask, segment_ids)
       )
     with jax.named_scope("embed"):
       x = self._embed(tokens)
@@ -278,8 +298,9 @@ class DecoderLM(nnx.Module):
           segment_ids=segment_ids,
           deterministic=deterministic,
           decode=decode,
+          balanced=order is not None,
         )
-    return x
+    return x, order
 
   def init_cache(self, batch_size: int, max_len: int) -> None:
     """Empties the cache, with room for `max_len` tokens a sequence.
@@ -435,6 +456,18 @@ class DecoderLM(nnx.Module):
         f"{length}. Shorten the sequence, or build the model with a larger "
         "`max_seq_len`."
       )
+
+
+def _ordered(x: Any, order: np.ndarray | None) -> Any:
+  """`x` [B, T, ...] with its tokens in that order, where they go."""
+  if x is None or order is None:
+    return x
+  return constrain(x[:, order], "batch", "length", *(None,) * (x.ndim - 2))
+
+
+def _restored(x: Any, order: np.ndarray | None) -> Any:
+  """The inverse of `_ordered`."""
+  return _ordered(x, None if order is None else np.argsort(order))
 
 
 def _stack(config: ModelConfig, run: Run, key: Array) -> DecoderBlock:

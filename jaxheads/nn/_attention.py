@@ -32,7 +32,7 @@ from jaxheads.nn._patterned import (
 )
 from jaxheads.nn._variables import AuxLoss, RoutingStats
 from jaxheads.rope import apply_rope
-from jaxheads.sharding import constrain
+from jaxheads.sharding import axis_size, constrain, context
 from pallas_kernels import platform
 from pallas_kernels.head_attention import HeadContexts
 
@@ -259,6 +259,7 @@ class HeadAttention(nnx.Module):
     positions: Int[Array, "*batch T"] | None = None,
     token_mask: Bool[Array, "*batch T"] | None = None,
     segment_ids: Int[Array, "*batch T"] | None = None,
+    balanced: bool = False,
   ) -> Float[Array, "*batch T Dout"]:
     """Attends, each token through the heads it picked.
 
@@ -283,12 +284,16 @@ class HeadAttention(nnx.Module):
         no statistics, and their keys are hidden in self-attention.
       segment_ids: Tokens of packed sequences see their own segment only;
         self-attention without cache.
+      balanced: The tokens, and what there is for each of them, are in
+        `jaxheads.sharding.context.balanced_order` of the mesh; causal
+        self-attention only.
 
     Returns:
       Output in the computation's dtype.
 
     Raises:
       ValueError: Arguments or shapes do not fit; the message names them.
+      UserError: Tokens or heads do not split over the mesh.
     """
     if inputs_k is None:
       if inputs_v is not None:
@@ -352,9 +357,11 @@ class HeadAttention(nnx.Module):
       q_offset = _cache.tokens_so_far(self._decode_cache, k)
     q_positions = flat(positions, 1)
     if q_positions is None:
-      q_positions = jnp.broadcast_to(
-        jnp.arange(length, dtype=jnp.int32) + q_offset, x.shape[:2]
-      )
+      own = jnp.arange(length, dtype=jnp.int32) + q_offset
+      if balanced:
+        order = context.balanced_order(length, axis_size("context"))
+        own = jnp.asarray(order, jnp.int32)
+      q_positions = jnp.broadcast_to(own, x.shape[:2])
     if self.rope_theta is not None:
       k_positions = q_positions
       if not self_attention:
@@ -388,6 +395,7 @@ class HeadAttention(nnx.Module):
       deterministic=deterministic,
       rngs=rngs,
       sow_weights=sow_weights,
+      balanced=balanced,
     )
     out = self._add_bias(out)
     return out.reshape(*batch_shape, length, self.out_features)
@@ -565,6 +573,7 @@ class HeadAttention(nnx.Module):
     deterministic: bool,
     rngs: nnx.Rngs | nnx.RngStream | None,
     sow_weights: bool,
+    balanced: bool = False,
     **visibility: Any,
   ) -> Float[Array, "B T Dout"]:
     """Routes, then attends; without the output bias.
@@ -592,6 +601,23 @@ class HeadAttention(nnx.Module):
           )
         return take(weights, self.head_order, axis=1)
 
+    # Devices that hold tokens of a sequence exchange what heads ask for.
+    is_split = (
+      cache is None
+      and weights_fn is None
+      and visibility["mask"] is None
+      and (self.pattern is not None or visibility["is_causal"])
+      and isinstance(visibility["q_offset"], int)
+      and visibility["q_offset"] == 0
+      and x.shape[1] == k.shape[1]
+      and context.is_split(x.shape[1], balanced)
+    )
+    if balanced and not is_split and axis_size("context") > 1:
+      raise ValueError(
+        "`balanced` goes with causal self-attention to all tokens, and not "
+        "with `mask`, `decode`, `sow_weights` or dropout."
+      )
+
     # A few new tokens read the cache where it lies; all heads have queries.
     in_place = (
       cache is not None
@@ -607,7 +633,12 @@ class HeadAttention(nnx.Module):
       execution = self._execution(sizes, weights_for)
     by_norm = self.moh is not None and self.moh.router == "query_norm"
     kernels: dict[str, Any]
-    if execution == "dispatch" and not by_norm and self.query_ln is None:
+    if (
+      execution == "dispatch"
+      and not by_norm
+      and not is_split
+      and self.query_ln is None
+    ):
       kernels = {
         "w_q": self.query.kernel[...],
         "b_q": None if self.query.bias is None else self.query.bias[...],
@@ -650,6 +681,21 @@ class HeadAttention(nnx.Module):
       )
       gates = None if routing is None else routing.gates
       return combine_heads(out, gates, kernels["w_o"])
+    if is_split:
+      del visibility["mask"]
+      dispatched = routing is not None and execution == "dispatch"
+      return patterned_attention(
+        k=k,
+        v=v,
+        gates=None if routing is None else routing.gates,
+        pattern=s2.dense(self.num_heads) if pattern is None else pattern,
+        implementation=implementation,
+        balanced=balanced,
+        active=routing.mask if routing is not None and dispatched else None,
+        num_active=None if self.moh is None else self.moh.num_active,
+        **kernels,
+        **visibility,
+      )
     if cache is not None:
       k, v = _cache.slots(cache, k.dtype)
     fits_kernels = weights_fn is None and visibility["mask"] is None

@@ -9,7 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxheads.moh._execution import combine_heads
-from jaxheads.sharding import constrain, per_device, spec
+from jaxheads.sharding import constrain, context, per_device, spec
 from jaxheads.sharding.partition import heads_index, local_patterns
 from pallas_kernels.head_attention import HeadContexts, head_attention
 from pallas_kernels.head_attention.cases import Case, Part, attend_case
@@ -54,6 +54,9 @@ def patterned_attention(
   q_segment_ids: Int[Array, "B T"] | None,
   kv_segment_ids: Int[Array, "B S"] | None,
   implementation: str | None,
+  balanced: bool | None = None,
+  active: Bool[Array, "B T N"] | None = None,
+  num_active: int | None = None,
 ) -> Float[Array, "B T Dout"]:
   """Sum over heads of gate x attention x output projection, without bias.
 
@@ -69,14 +72,32 @@ def patterned_attention(
     q_offset: Index, among the keys, of the first query.
     q_segment_ids, kv_segment_ids: Both or neither.
     implementation: See `pallas_kernels.head_attention.head_attention`.
+    balanced: The order of tokens that are split over devices, see
+      `jaxheads.sharding.context`; `None` gathers them.
+    active, num_active: Heads to compute, of tokens that are split.
   """
   if 0 in (*q.shape[:2], k.shape[1]):  # Nothing to compute.
     return jnp.zeros((*q.shape[:2], w_o.shape[-1]), q.dtype)
   q, k, v = nnx.nn.dtypes.promote_dtype((q, k, v), dtype=None)
+  pattern = pattern.with_causality(is_causal)
+  if balanced is not None:
+    out = context.attend(
+      q,
+      k,
+      v,
+      pattern=pattern,
+      balanced=balanced,
+      q_segment_ids=q_segment_ids,
+      kv_segment_ids=kv_segment_ids,
+      active=active,
+      num_active=num_active,
+      implementation=implementation,
+    )
+    return combine_heads(out, gates, w_o).astype(out.dtype)
   static = None if isinstance(q_offset, jax.Array) else q_offset
   run = functools.partial(
     _run,
-    pattern=pattern.with_causality(is_causal),
+    pattern=pattern,
     q_offset=static,
     implementation=implementation,
   )

@@ -14,7 +14,7 @@ from jaxheads.errors import UserError
 from jaxheads.models import ModelConfig
 from jaxheads.moh import explain_execution
 from jaxheads.sharding import MeshShape, parse_mesh, placement
-from jaxheads.training import artefacts, console, devices, signals
+from jaxheads.training import artefacts, console, devices, exchange, signals
 from jaxheads.training.checkpoint import quiet_storage, storage_reason
 from jaxheads.training.command_line import Request
 from jaxheads.training.config import TrainConfig
@@ -83,6 +83,14 @@ def _run(request: Request, reporter: Reporter) -> None:
   reporter.say(f"devices    {devices.describe()}")
   if mesh_shape.size > 1:
     reporter.say(f"mesh       {mesh_shape}")
+  if mesh_shape.context > 1:
+    layers = exchange.of_model(
+      model_config,
+      mesh_shape,
+      batch_size=config.batch_size,
+      seq_len=config.seq_len,
+    )
+    reporter.say(f"context    {exchange.describe(layers)}")
   reporter.say(f"model      {_describe_model(model_config, config.seq_len)}")
   reporter.say(f"cost       {_describe_cost(model_config, config.seq_len)}")
   if any(model_config.head_plans):

@@ -12,7 +12,7 @@ from jaxheads.errors import UserError
 from jaxheads.models import DecoderLM, ModelConfig
 from jaxheads.sharding import MeshShape
 from jaxheads.sharding.placement import place_on
-from jaxheads.training import artefacts, devices, signals
+from jaxheads.training import artefacts, devices, exchange, signals
 from jaxheads.training.config import TrainConfig
 from jaxheads.training.console import Reporter
 from jaxheads.training.evaluation import Evaluator
@@ -122,4 +122,12 @@ def check_sizes(
   devices.check_batch_size(
     config.batch_size, mesh, accumulate=config.optimizer.accumulate
   )
+  sizes = MeshShape(**dict(mesh.shape))
+  if sizes.context > 1:  # Heads and sequences split, or an error says why not.
+    exchange.of_model(
+      model_config,
+      sizes,
+      batch_size=config.batch_size,
+      seq_len=config.seq_len,
+    )
   return mesh

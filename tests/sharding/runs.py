@@ -17,8 +17,10 @@ from jaxheads.training.step import init_state, make_eval_step, make_train_step
 
 BATCH, LENGTH, VOCAB, STEPS = 8, 64, 24, 3
 ROUTED = MoHConfig(num_heads=8, num_shared=2, top_k=3)
+# On 8 devices along `context` a chunk is 4 tokens: one shard, and shorter than
+# the window.
 SHARDED = s2.strided(
-  8, block_size=4, local_blocks=2, vertical_stride=2, num_kv_heads=4
+  8, block_size=2, local_blocks=4, vertical_stride=2, num_kv_heads=4
 )
 
 

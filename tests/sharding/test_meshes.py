@@ -12,7 +12,10 @@ QUICK = [
   dict(data=2, fsdp=2, context=2, heads=1),
   dict(data=1, fsdp=2, context=2, heads=2),
 ]
-OTHERS = [{axis: n} for axis, sizes in AXES.items() for n in sizes]
+OTHERS = [
+  *({axis: n} for axis, sizes in AXES.items() for n in sizes),
+  dict(context=4, heads=2),
+]
 MESHES = [
   *QUICK,
   *(pytest.param(axes, marks=pytest.mark.exhaustive) for axes in OTHERS),
