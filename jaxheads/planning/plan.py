@@ -19,8 +19,7 @@ from jaxheads.planning.collectives import (
 )
 from jaxheads.planning.roofline import Roofline, roofline
 from jaxheads.sharding import MeshShape, check_heads, make_mesh
-from jaxheads.sharding.mesh import nearest_divisor
-from jaxheads.training import OptimizerOptions
+from jaxheads.training import OptimizerOptions, exchange
 from pallas_kernels import platform
 from pallas_kernels.aot import DoesNotCompile
 from pallas_kernels.aot.compile import short_reason
@@ -89,14 +88,8 @@ def check(
       f"{' x accumulate' if accumulate > 1 else ''} = {parts}, got "
       f"{batch_size}; the nearest is {nearest}"
     )
-  if seq_len % (2 * shape.context) and shape.context > 1:
-    step = 2 * shape.context
-    nearest = max(1, round(seq_len / step)) * step
-    raise UserError(
-      f"`--seq` must be a multiple of 2 x context = {step}, got {seq_len}; "
-      f"the nearest is {nearest}, or context="
-      f"{nearest_divisor(shape.context, max(1, seq_len // 2))}"
-    )
+  if shape.context > 1:
+    exchange.of_model(config, shape, batch_size=batch_size, seq_len=seq_len)
 
 
 def make_plan(
