@@ -32,12 +32,12 @@ MODEL = ModelOptions(
   preset="tiny",
   router="query_norm",
   num_layers=2,
-  embed_dim=1024,
-  mlp_dim=4096,
-  num_heads=8,
-  num_kv_heads=4,
-  head_dim=128,
-  max_seq_len=1024,
+  embed_dim=512,
+  mlp_dim=1024,
+  num_heads=4,
+  num_kv_heads=2,
+  head_dim=64,
+  max_seq_len=512,
   dtype="bfloat16",
   remat=True,
 )
@@ -56,7 +56,7 @@ class Command:
     "v5e:16x16",
   )
   """Slices of chips, from small to large."""
-  seq: int = 1024
+  seq: int = 512
   """Tokens of a sequence."""
   json: pathlib.Path | None = pathlib.Path(
     "experiments/results/plan_weak_scaling.json"

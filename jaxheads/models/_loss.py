@@ -74,8 +74,10 @@ def _gather(table: Float[Array, "D V"]) -> Float[Array, "D V"]:
 
 
 def _gather_backward(_: None, grads: Array) -> tuple[Array]:
-  # Without the barrier the sum over all devices stays whole on each of them, to
-  # the end of the step: the optimizer would take its part of it only there.
+  # Whole first, or devices would add up every part instead of the sum. Then the
+  # barrier: without it the optimizer takes a device's part of the sum, at the
+  # end of the step, and until then the sum stays whole on all of them.
+  grads = constrain(grads, None, "vocab")
   return (jax.lax.optimization_barrier(constrain(grads, "embed", "vocab")),)
 
 

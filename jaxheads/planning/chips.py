@@ -191,6 +191,8 @@ def find(name: str) -> Topology:
     raise problem
   if any(n > most for n, most in zip(sorted(shape), chip.largest, strict=True)):
     raise problem
+  if any(n % 2 for n in shape[:2]):  # Of hosts with 2 x 2 chips.
+    raise problem
   # As in `pallas_kernels.aot.targets`.
   os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
   os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")

@@ -23,8 +23,8 @@ class Memory:
     temporaries: All that lives in between, at the worst moment: gradients,
       activations, gathered parameters.
     code: Machine code.
-    heap: Where the compiler puts temporaries: what it counts of them, with gaps
-      and what arguments lend. In no sum.
+    heap: What the compiler counts of temporaries. More than lives at once, as
+      programs fit for which arguments and heap would be too much. In no sum.
   """
 
   arguments: Mapping[str, int]
