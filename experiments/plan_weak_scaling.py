@@ -27,16 +27,18 @@ from jaxheads.planning.plan import Plan
 from jaxheads.training import ModelOptions
 from pallas_kernels.aot import CompilerMissing, DoesNotCompile
 
-# Two layers of LLaMA's shape, wide enough for 256 devices to share.
+# Two layers of LLaMA's shape. As wide as its 8B: of narrower ones a device of
+# 256 holds less than a tile of the parameters, which this compiler does not
+# gather but adds up, for twice the bytes.
 MODEL = ModelOptions(
   preset="tiny",
   router="query_norm",
   num_layers=2,
-  embed_dim=512,
-  mlp_dim=1024,
-  num_heads=4,
-  num_kv_heads=2,
-  head_dim=64,
+  embed_dim=4096,
+  mlp_dim=4096,
+  num_heads=8,
+  num_kv_heads=8,
+  head_dim=128,
   max_seq_len=512,
   dtype="bfloat16",
   remat=True,
