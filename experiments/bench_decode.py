@@ -192,7 +192,7 @@ def _fill(
   page_size = sizes.resolve_page_size(model.config)
   shape = CacheShape(config.layers, config.kv_heads)
   plan = policy.plan(length, budget, shape)
-  most = most_pages(
+  (most,) = most_pages(
     plan.lengths,
     plan.rings,
     first=length,
@@ -206,7 +206,7 @@ def _fill(
     model,
     policy=policy,
     budget=budget,
-    config=dataclasses.replace(sizes, num_pages=1 + batch * most + spare),
+    config=dataclasses.replace(sizes, num_pages=1 + batch * int(most) + spare),
   )
   rng = np.random.default_rng(0)
   for index in range(batch):

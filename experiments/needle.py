@@ -30,6 +30,7 @@ from jaxheads.training.config import (
   OptimizerOptions,
   TrainConfig,
 )
+from jaxheads.training.distributed import Processes
 from jaxheads.training.model_options import ModelOptions, S2Options
 
 
@@ -168,6 +169,9 @@ class Command:
   """Continue what `--out` holds, with the same flags."""
   mesh: str | None = None
   """How devices share the work, such as data=2,fsdp=4; see train_moh.py."""
+  processes: Annotated[Processes, tyro.conf.arg(name="")] = dataclasses.field(
+    default_factory=Processes
+  )
   needle: Annotated[Needle, tyro.conf.arg(name="")] = dataclasses.field(
     default_factory=Needle
   )
@@ -188,12 +192,20 @@ def parse(argv: list[str] | None = None) -> Command:
 
 def run(command: Command) -> dict[str, Any]:
   """Trains, asks, and writes the results; returns what needle.json holds."""
+  from jaxheads.training import distributed
+
+  with distributed.joined(command.processes):
+    return train_and_draw(command)
+
+
+def train_and_draw(command: Command) -> dict[str, Any]:
+  """As `run`, once the processes of the job have met."""
   import jax
   import numpy as np
 
   from jaxheads.data import NEEDLE_VOCAB_SIZE
   from jaxheads.sharding import parse_mesh
-  from jaxheads.training import RunFolder, artefacts, devices
+  from jaxheads.training import RunFolder, artefacts, devices, distributed
   from jaxheads.training.console import Reporter
   from jaxheads.training.job import told
   from jaxheads.training.retrieval import plot_retrieval
@@ -206,7 +218,12 @@ def run(command: Command) -> dict[str, Any]:
   sharded = dataclasses.replace(needle.model, max_seq_len=longest + 8).build(
     NEEDLE_VOCAB_SIZE
   )
-  prepare(command)
+  distributed.agree(
+    {**distributed.as_flags(record_of(needle)), "`--mesh`": command.mesh}
+  )
+  writes = jax.process_index() == 0
+  if writes:
+    prepare(command)
   reporter.say(f"devices    {devices.describe()}")
   reporter.say(
     f"model      {sharded.num_params:,} parameters, "
@@ -249,14 +266,15 @@ def run(command: Command) -> dict[str, Any]:
           f"{name:12} {length:7,} tokens: {100 * row.mean():5.1f} % exact, "
           f"worst depth {100 * row.min():5.1f} %"
         )
-    write_json(out / "needle.json", results)
-    plot_retrieval(
-      accuracies,
-      needle.ask_lengths,
-      depths,
-      out / "needle.png",
-      trained_length=max(needle.lengths),
-    )
+    if writes:
+      write_json(out / "needle.json", results)
+      plot_retrieval(
+        accuracies,
+        needle.ask_lengths,
+        depths,
+        out / "needle.png",
+        trained_length=max(needle.lengths),
+      )
     reporter.say(f"results    {out / 'needle.json'}")
     reporter.say(f"heat map   {out / 'needle.png'}")
   return results
@@ -345,7 +363,7 @@ def train_and_ask(
 
   from jaxheads.models import DecoderLM
   from jaxheads.sharding.placement import place_on
-  from jaxheads.training import devices, fit, signals
+  from jaxheads.training import devices, distributed, fit, signals
   from jaxheads.training.retrieval import retrieval_data
 
   longest = max(needle.lengths)
@@ -362,9 +380,10 @@ def train_and_ask(
   )
 
   started = time.monotonic()
-  resume = resume and folder.holds_run
-  if not resume:
+  resume = distributed.from_first(lambda: resume and folder.holds_run)
+  if not resume and jax.process_index() == 0:
     folder.create(config, model_config)
+  folder.check_shared()
   mesh = devices.model_mesh(mesh_shape, model_config)
   model_config = place_on(mesh, model_config, longest)
   with signals.stop_on_signals() as stop, jax.set_mesh(mesh):

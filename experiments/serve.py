@@ -4,6 +4,7 @@ python experiments/serve.py              the newest run in runs/; without any,
                                          trains a small one first
 python experiments/serve.py --run runs/NAME --port 9000
 python experiments/serve.py --policy snapkv --budget 0.5
+python experiments/serve.py --mesh data=2,heads=4
 python experiments/serve.py --help       every flag
 
 The API is OpenAI's (`/v1/completions`, `/v1/chat/completions`); the page at `/`
@@ -38,14 +39,19 @@ class Options:
   """What heads keep of a prompt: full, streaming, snapkv, task_kv, ..."""
   budget: float = 1.0
   """Fraction of the cache that prompts keep; requests may say otherwise."""
+  mesh: str | None = None
+  """How devices share the work, such as data=2,heads=4: data are replicas of
+  the model, each with its own cache; the devices along heads share the heads of
+  one. Default: all devices along data."""
   max_batch: int = 8
-  """Sequences that run at once."""
+  """Sequences that run at once; in each replica."""
   max_waiting: int = 256
   """Requests that wait for them; more get 429."""
   max_length: int | None = None
   """Tokens of prompt and answer. Default: the model's context."""
   pages: int | None = None
-  """Pages of the cache. Default: room for `--max-batch` full caches."""
+  """Pages of the cache; of each replica. Default: room for `--max-batch` full
+  caches."""
   page_size: int | None = None
   """Tokens of a page. Default: what suits the machine and the model."""
   chunk: int | None = None
@@ -122,6 +128,71 @@ def policy_settings(name: str, context: int, theta: float) -> dict[str, Any]:
   return settings.get(name, {})
 
 
+def mesh_shape(text: str | None, num_devices: int) -> Any:
+  """What `--mesh` says; devices that it does not name are replicas."""
+  from jaxheads.sharding import parse_mesh
+
+  shape = parse_mesh(text, num_devices)
+  named = text or ""
+  if "data" not in named and "fsdp" not in named:
+    shape = dataclasses.replace(shape, data=shape.fsdp, fsdp=1)
+  why = {
+    "fsdp": "every turn reads all parameters, and would gather them",
+    "context": "a turn has one token of each sequence, nothing to split",
+  }
+  for axis, reason in why.items():
+    size = getattr(shape, axis)
+    if size > 1:
+      data = shape.data * shape.fsdp * shape.context
+      raise UserError(
+        f"`--mesh`: {axis} must be 1 to serve, got {size}"
+        f"{'' if axis in named else ' (the devices that are left)'}: {reason}; "
+        f"the nearest is `--mesh data={data},heads={shape.heads}`"
+      )
+  return shape
+
+
+def make_engine(model: Any, options: Options, shape: Any) -> Any:
+  """One engine, or several behind one queue."""
+  from jaxheads.kvcache import make_policy
+  from jaxheads.models import reordered
+  from jaxheads.serve.engine import Engine, EngineConfig
+  from jaxheads.serve.replicas import Replicas, split
+  from jaxheads.sharding import check_heads, make_mesh, placement
+
+  sizes = model.config
+  check_heads(sizes.num_heads, sizes.num_kv_heads, shape.heads)
+  length = options.max_length or sizes.max_seq_len
+  if shape.heads > 1:
+    placed = placement.place(sizes, shape.heads, length)
+    note(placement.report(placed, shape.heads, length))
+    model = reordered(model, placed)
+  settings = policy_settings(options.policy, length, sizes.rope_theta)
+  policy = make_policy(options.policy, **settings)
+  several = shape.data > 1
+  config = EngineConfig(
+    max_batch=options.max_batch,
+    max_length=options.max_length,
+    # Replicas have their queue in common, and take what they have slots for.
+    max_waiting=options.max_batch if several else options.max_waiting,
+    num_pages=options.pages,
+    page_size=options.page_size,
+    chunk=options.chunk,
+  )
+  meshes = [None] if shape.size == 1 else split(make_mesh(shape))
+  engines = [
+    Engine(
+      model, policy=policy, budget=options.budget, config=config, mesh=mesh
+    )
+    for mesh in meshes
+  ]
+  if not several:
+    return engines[0]
+  return Replicas(
+    engines, capacity=options.max_batch, max_waiting=options.max_waiting
+  )
+
+
 def serve(options: Options) -> int:
   """Loads the model and serves it; the exit status."""
   try:
@@ -131,30 +202,19 @@ def serve(options: Options) -> int:
       f"the server needs the package {error.name!r}, which is not installed; "
       "install it with: pip install 'jaxheads[serve]'"
     ) from None
-  from jaxheads.kvcache import make_policy
-  from jaxheads.serve.engine import Engine, EngineConfig
+  import jax
+
+  from jaxheads.serve.replicas import Replicas
   from jaxheads.training import restore_model
 
+  shape = mesh_shape(options.mesh, jax.device_count())
   run = find_run(options)
   model, config, tokenizer, step = restore_model(
     run, step=options.step, say=note
   )
   length = options.max_length or config.max_seq_len
   try:
-    settings = policy_settings(options.policy, length, config.rope_theta)
-    engine = Engine(
-      model,
-      policy=make_policy(options.policy, **settings),
-      budget=options.budget,
-      config=EngineConfig(
-        max_batch=options.max_batch,
-        max_length=options.max_length,
-        max_waiting=options.max_waiting,
-        num_pages=options.pages,
-        page_size=options.page_size,
-        chunk=options.chunk,
-      ),
-    )
+    engine = make_engine(model, options, shape)
     limits = http.Limits(
       body_bytes=options.body_bytes,
       answers=options.answers,
@@ -165,7 +225,7 @@ def serve(options: Options) -> int:
   note(
     f"{run}, step {step}: {config.num_params:,} parameters, policy "
     f"{options.policy}, budget {options.budget:g}, "
-    f"{engine.stats().pages_total:,} pages"
+    f"{engine.stats().pages_total:,} pages, devices: {shape}"
   )
   if options.warm_up:
     note(f"{engine.warm_up()} programs compiled")
@@ -181,7 +241,7 @@ def serve(options: Options) -> int:
       "num_kv_heads": config.num_kv_heads,
     },
   )
-  return http.serve(
+  status = http.serve(
     engine,
     served,
     host=options.host,
@@ -190,6 +250,9 @@ def serve(options: Options) -> int:
     grace_s=options.grace_seconds,
     say=note,
   )
+  if isinstance(engine, Replicas):
+    engine.close()
+  return status
 
 
 @one_line_errors

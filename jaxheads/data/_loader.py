@@ -2,11 +2,10 @@
 
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, TypeAlias
 
 import grain
-import jax
 import numpy as np
 from jaxtyping import Integer
 
@@ -51,8 +50,7 @@ class Loader(Iterator[Batch]):
     seed: int,
     shuffle: bool,
     num_epochs: int | None,
-    process_index: int,
-    process_count: int,
+    rows: Sequence[int],
   ):
     self._tokens = tokens
     self._settings: dict[str, Any] = {
@@ -64,8 +62,7 @@ class Loader(Iterator[Batch]):
     }
     self._fingerprint: dict[str, Any] | None = None
     self._batch_size = batch_size
-    self._local_batch_size = batch_size // process_count
-    self._first_row = process_index * self._local_batch_size
+    self._rows = tuple(rows)
     windows = _Windows(tokens, seq_len)
     self.num_windows = len(windows)
     order = grain.MapDataset.source(windows)
@@ -147,16 +144,17 @@ class Loader(Iterator[Batch]):
 
   def _cut_batch(self, step: int) -> Batch:
     """This process's rows of global batch `step`."""
-    first = int(step) * self._batch_size + self._first_row
-    rows = min(self._local_batch_size, max(0, len(self._order) - first))
-    shape = (self._local_batch_size, self._settings["seq_len"])
+    first = int(step) * self._batch_size
+    shape = (len(self._rows), self._settings["seq_len"])
     tokens, targets = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
     mask = np.zeros(shape, np.bool_)
-    for row in range(rows):
+    for place, row in enumerate(self._rows):
+      if first + row >= len(self._order):
+        break  # Rows ascend: those after it only fill up the last batch.
       window = self._order[first + row]
-      tokens[row] = window[:-1]
-      targets[row] = window[1:]
-    mask[:rows] = True
+      tokens[place] = window[:-1]
+      targets[place] = window[1:]
+      mask[place] = True
     return {"tokens": tokens, "targets": targets, "mask": mask}
 
 
@@ -168,8 +166,7 @@ def make_loader(
   seed: int = 0,
   shuffle: bool = True,
   num_epochs: int | None = None,
-  process_index: int | None = None,
-  process_count: int | None = None,
+  rows: Sequence[int] | None = None,
   name: str = "tokens",
 ) -> Loader:
   """An iterator over batches of windows of `tokens`.
@@ -177,10 +174,8 @@ def make_loader(
   Window i holds tokens[i * T : i * T + T + 1], so that over an epoch every
   token but the first is a target once (up to T - 1 at the end, which fill no
   window, are left out). Every epoch has its own order. The windows of all
-  epochs form one stream, and global batch g is its next `batch_size` windows;
-  process p gets the p-th of `process_count` equal blocks of consecutive rows,
-  so the blocks of all processes, one after the other, are the batch that a
-  single process would get.
+  epochs form one stream, and global batch g is its next `batch_size` windows,
+  of which each process reads the `rows` that its devices hold.
 
   To validate: `shuffle=False, num_epochs=1` gives each window exactly once.
 
@@ -192,21 +187,21 @@ def make_loader(
     shuffle: False keeps the order of the text.
     num_epochs: How often each window comes; None never ends. A last batch
       that is not full is filled with zeros whose mask is False.
-    process_index, process_count: Which share is ours; None asks JAX.
+    rows: Which rows of the global batch to read, in ascending order; None
+      reads all. See `jaxheads.training.devices.rows_of_process`.
     name: What error messages call `tokens`.
 
   Returns:
     A `Loader`: `next` gives {"tokens": int32 [B, T], "targets": int32 [B, T],
-    "mask": bool [B, T]} with B = `batch_size / process_count`, where targets
-    are the tokens one later; `get_state` and `set_state` save and restore the
+    "mask": bool [B, T]} with B = `len(rows)`, where targets are the tokens one
+    later; `get_state` and `set_state` save and restore the
     position exactly.
 
   Raises:
-    UserError: `tokens` has no whole window, `batch_size` is not a multiple of
-      `process_count`, or a number is out of its range.
+    UserError: `tokens` has no whole window, or a number is out of its range.
     TypeError: `tokens` are not integers.
-    ValueError: `tokens` is not one-dimensional, or `process_index` is not in
-      [0, process_count).
+    ValueError: `tokens` is not one-dimensional, or `rows` are not rows of the
+      batch in ascending order.
   """
   if not np.issubdtype(tokens.dtype, np.integer):
     raise TypeError(f"`tokens` must be integers, got {tokens.dtype}.")
@@ -227,14 +222,10 @@ def make_loader(
       f"`seq_len` = {seq_len} needs at least {seq_len + 1} tokens, but {name} "
       f"has {len(tokens)}; use a smaller `seq_len` or more `data`."
     )
-  index = jax.process_index() if process_index is None else process_index
-  count = jax.process_count() if process_count is None else process_count
-  if not 0 <= index < count:
-    raise ValueError(f"`process_index` must be in [0, {count}), got {index}.")
-  if batch_size % count:
-    raise UserError(
-      "`batch_size` must be a multiple of the number of processes, got "
-      f"{batch_size} and {count}."
+  rows = range(batch_size) if rows is None else rows
+  if list(rows) != sorted(set(rows) & set(range(batch_size))):
+    raise ValueError(
+      f"`rows` must ascend and be in [0, {batch_size}), got {list(rows)}."
     )
   return Loader(
     tokens,
@@ -243,6 +234,5 @@ def make_loader(
     seed=seed,
     shuffle=shuffle,
     num_epochs=num_epochs,
-    process_index=index,
-    process_count=count,
+    rows=rows,
   )

@@ -1,10 +1,9 @@
 """Batches of looking things up, first in short prompts, then in long ones."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
 from jaxheads.errors import UserError
@@ -81,7 +80,8 @@ class NeedleBatches(Iterator[Batch]):
       to whole prompts, and these to a multiple of `row_multiple`.
     seed: Below `EVALUATION_SEED`.
     row_multiple: Rows divide evenly by this, such as the number of devices.
-    process_index, process_count: Which share is ours; None asks JAX.
+    rows_of: (rows of a batch) to those of them that this process needs, such as
+      `jaxheads.training.devices.rows_of_process`; None needs all.
   """
 
   def __init__(
@@ -91,8 +91,7 @@ class NeedleBatches(Iterator[Batch]):
     tokens_per_step: int,
     seed: int,
     row_multiple: int = 1,
-    process_index: int | None = None,
-    process_count: int | None = None,
+    rows_of: Callable[[int], Sequence[int]] | None = None,
   ) -> None:
     if not stages:
       raise ValueError("`stages` must hold at least one stage, got none.")
@@ -102,23 +101,22 @@ class NeedleBatches(Iterator[Batch]):
       max(1, tokens_per_step // stage.length // row_multiple) * row_multiple
       for stage in stages
     ]
-    index = jax.process_index() if process_index is None else process_index
-    count = jax.process_count() if process_count is None else process_count
-    self._share = (index, count)
+    self._rows_of = rows_of or range
     self._step = 0
 
   def __next__(self) -> Batch:
     number = self._drawn_at(self._step)
     stage, rows = self._stages[number], self._rows[number]
-    index, count = self._share
-    mine = range(index * rows // count, (index + 1) * rows // count)
     # Numbers that no two examples of the run share.
     first = self._step * max(self._rows)
     self._step += 1
-    return needle_batch(
-      [self._draw(stage, first + row) for row in mine],
+    batch = needle_batch(
+      [self._draw(stage, first + row) for row in range(rows)],
       answer_tokens=stage.task.answer_tokens(stage.length),
     )
+    # Drawn whole, because the longest answer decides the shape.
+    mine = list(self._rows_of(rows))
+    return {name: values[mine] for name, values in batch.items()}
 
   def get_state(self) -> dict[str, Any]:
     """The position after the last batch taken, as JSON can hold it."""

@@ -34,12 +34,16 @@ class ByContext(Policy):
   def knows_lengths(self) -> bool:
     return self.policy.knows_lengths
 
+  @property
+  def knows_heads(self) -> bool:
+    return self.policy.knows_heads
+
   def plan(self, length: int, budget: float, shape: CacheShape) -> Plan:
     plan = self.policy.plan(length, budget, shape)
     sharded = self._sharded.plan(length, budget, shape)
     has_context = np.asarray([[c is not None] for c in self.contexts])
     heads = plan.heads
-    if heads is None:  # Not asked for: these layers give nothing up.
+    if heads is None:  # Rows alike, or not asked for: nothing is given up.
       heads = np.broadcast_to(np.arange(shape.num_kv_heads), shape)
     assert sharded.heads is not None
     return Plan(

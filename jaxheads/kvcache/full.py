@@ -16,6 +16,10 @@ from jaxheads.kvcache.window import prompt_tokens
 class Full(Policy):
   """Every head keeps every token, whatever the budget."""
 
+  @property
+  def knows_heads(self) -> bool:
+    return True
+
   def plan(self, length: int, budget: float, shape: CacheShape) -> Plan:
     check_prompt(length, budget)
     return Plan(np.full(shape, length, np.int32), np.zeros(shape, np.int32), {})

@@ -28,14 +28,18 @@ class Plan(NamedTuple):
       which must be there.
     layers: What `Policy.keep` needs besides, int32 or float32, each with a
       leading axis of layers.
-    heads: The KV head of each row slot, for policies whose `drops` give pages
-      up; otherwise the prompt decides, and `None` stands here.
+    heads: The KV head of each row slot, for policies that know it (see
+      `Policy.knows_heads`); needed where rows differ or `drops` gives pages up.
+    rings_by_rank: Where the prompt decides which row slot has which ring: of
+      the row that keeps most, of the one after it (ties as above), and so on.
+      `rings` are then lower bounds, 0 where a row may grow.
   """
 
   lengths: Int[np.ndarray, "R K"]
   rings: Int[np.ndarray, "R K"]
   layers: dict[str, np.ndarray]
   heads: Int[np.ndarray, "R K"] | None = None
+  rings_by_rank: Int[np.ndarray, "R K"] | None = None
 
   def kept_fraction(self, length: int) -> float:
     """Tokens kept over those of the full cache: the effective budget.
@@ -82,6 +86,24 @@ class Policy(Protocol):
   def knows_lengths(self) -> bool:
     """Whether `plan` gives exact lengths; if not, upper bounds."""
     return True
+
+  @property
+  def places_early(self) -> bool:
+    """Whether rows have pages for `Plan.lengths` as soon as a prompt is read.
+
+    Then its survivors go there at once, and what exact lengths leave is given
+    back. Else they stay in the prompt's pages until lengths are known.
+    """
+    return self.knows_lengths
+
+  @property
+  def knows_heads(self) -> bool:
+    """Whether `plan` tells whose rows are long: all are alike, or `heads` says.
+
+    If not, the prompt decides. Devices that share the heads of a layer then
+    learn what their rows keep when the prompt has been read.
+    """
+    return False
 
   def plan(self, length: int, budget: float, shape: CacheShape) -> Plan:
     """The host's part, in integers; nothing is compiled for it.

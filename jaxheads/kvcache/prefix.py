@@ -4,11 +4,13 @@ import collections
 import dataclasses
 import hashlib
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int
 
 from jaxheads.kvcache.allocator import PageAllocator
+from jaxheads.kvcache.shards import ShardedAllocator
 
 
 @dataclasses.dataclass(slots=True)
@@ -47,7 +49,7 @@ class PrefixCache:
     allocator: Whose pages they are.
   """
 
-  def __init__(self, allocator: PageAllocator) -> None:
+  def __init__(self, allocator: PageAllocator | ShardedAllocator) -> None:
     self._allocator = allocator
     self._used: dict[bytes, _Entry] = {}
     self._idle: collections.OrderedDict[bytes, _Entry] = (
@@ -62,7 +64,7 @@ class PrefixCache:
 
   @property
   def num_idle_pages(self) -> int:
-    """Pages that `evict` can free."""
+    """Pages that `evict` can free; as many on every device."""
     return self._idle_pages
 
   @property
@@ -128,9 +130,13 @@ class PrefixCache:
     if new:
       self._allocator.share(np.concatenate(new))
 
-  def evict(self, count: int) -> None:
-    """Frees idle entries until `count` pages are free or none is idle."""
-    while self._idle and self._allocator.num_free < count:
+  def evict(self, count: Any) -> None:
+    """Frees idle entries until `count` pages are free or none is idle.
+
+    Args:
+      count: Pages; of each device, where there are several.
+    """
+    while self._idle and np.any(self._allocator.num_free < count):
       _, entry = self._idle.popitem(last=False)
       self._idle_pages -= entry.pages.size
       self._allocator.free(entry.pages)

@@ -74,6 +74,10 @@ class Ranked(Policy):
   def knows_lengths(self) -> bool:
     return self.floor == 1
 
+  @property
+  def knows_heads(self) -> bool:
+    return self.floor == 1
+
   def plan(self, length: int, budget: float, shape: CacheShape) -> Plan:
     check_prompt(length, budget)
     layers, heads = shape

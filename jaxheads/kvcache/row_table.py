@@ -58,6 +58,25 @@ class RowTable:
     self.pages[:, slot, :, :most] = mine
     return mine
 
+  def settle(
+    self,
+    slot: int,
+    lengths: Int[np.ndarray, "R K"],
+    rings: Int[np.ndarray, "R K"],
+  ) -> Int[np.ndarray, " n"]:
+    """Exact lengths and rings of a slot placed by bounds; what pages are over.
+
+    Devices may still name these pages, after the last one of a row.
+    """
+    rows = self.pages[:, slot]
+    at = np.arange(rows.shape[-1])
+    over = (rows > 0) & (at >= num_pages(lengths, self.page_size)[..., None])
+    pages = rows[over]
+    rows[over] = 0
+    self.lengths[:, slot] = lengths
+    self.rings[:, slot] = rings
+    return pages
+
   def clear(self, slot: int) -> Int[np.ndarray, " n"]:
     """Empties a slot; returns the pages it had."""
     rows = self.pages[:, slot]
@@ -110,7 +129,8 @@ class RowTable:
     np.copyto(self.lengths, step.lengths, where=active[:, None])
     return new_pages
 
-  def listed(self, active: Bool[np.ndarray, " B"]) -> int:
-    """Pages that the active slots' rows hold, in the layer with most."""
+  def listed(self, active: Bool[np.ndarray, " B"], shards: int = 1) -> int:
+    """Pages of the active slots' rows, in the layer and shard with most."""
     pages = num_pages(self.lengths[:, active], self.page_size)
-    return int(pages.sum(axis=(1, 2)).max())
+    by_shard = pages.reshape(*pages.shape[:2], shards, -1)
+    return int(by_shard.sum(axis=(1, 3)).max())

@@ -55,17 +55,26 @@ def num_pages(lengths: Any, page_size: int) -> Any:
   return -(-lengths // page_size)
 
 
+def pages_by_shard(
+  lengths: Int[np.ndarray, "R K"], page_size: int, shards: int
+) -> Int[np.ndarray, " shards"]:
+  """Pages that rows hold on each device, which has as many KV heads."""
+  pages = num_pages(lengths, page_size)
+  return pages.reshape(len(pages), shards, -1).sum(axis=(0, 2))
+
+
 def check_rows(
   lengths: Int[np.ndarray, "R K"],
   rings: Int[np.ndarray, "R K"],
   shape: tuple[int, int],
   longest: int,
+  shards: int = 1,
 ) -> None:
   """Refuses lengths and rings that no prompt of `longest` tokens can have.
 
   Raises:
-    ValueError: They are not [R, K], out of range, ascend along slots, or a
-      ring is longer than its row.
+    ValueError: They are not [R, K], out of range, ascend along the slots of
+      a shard, or a ring is longer than its row.
   """
   if lengths.shape != shape or rings.shape != shape:
     raise ValueError(
@@ -77,7 +86,8 @@ def check_rows(
       f"Lengths of rows must be in [0, {longest}], got {lengths.min()} to "
       f"{lengths.max()}."
     )
-  if (lengths[:, 1:] > lengths[:, :-1]).any():
+  by_shard = lengths.reshape(len(lengths), shards, -1)
+  if (by_shard[..., 1:] > by_shard[..., :-1]).any():
     raise ValueError("Lengths of rows must descend along the slots of a layer.")
   if (rings < 0).any() or (rings > lengths).any():
     raise ValueError("Rings must be 0 or more, and at most their row's length.")
@@ -124,8 +134,9 @@ def most_pages(
   count: int,
   page_size: int,
   drops: Callable[[int], Int[np.ndarray, "R K"] | None],
-) -> int:
-  """Pages that a sequence's rows hold at once, at most.
+  shards: int = 1,
+) -> Int[np.ndarray, " shards"]:
+  """Pages that a sequence's rows hold at once, at most, on each device.
 
   Args:
     lengths: Tokens that each row keeps of the prompt.
@@ -134,10 +145,11 @@ def most_pages(
     count: Generated tokens that the rows take.
     page_size: Tokens of a page.
     drops: `Policy.drops` of a position.
+    shards: Devices that share the KV heads evenly.
   Raises:
     ValueError: `drops` names what is no full page.
   """
-  most = int(num_pages(lengths, page_size).sum())
+  most = pages_by_shard(lengths, page_size, shards)
   grows = (rings == 0).astype(np.int32)
   position, end = first, first + count
   while position < end:
@@ -145,11 +157,12 @@ def most_pages(
       gone = drops(position)
       if gone is None:  # Never any: straight to the end.
         lengths = lengths + (end - position) * grows
-        return max(most, int(num_pages(lengths, page_size).sum()))
+        last = pages_by_shard(lengths, page_size, shards)
+        return np.maximum(most, last)
       check_drops(gone, lengths, rings, page_size)
       lengths = lengths - page_size * (gone >= 0)
     step = min(end, (position // page_size + 1) * page_size) - position
     lengths = lengths + step * grows
     position += step
-    most = max(most, int(num_pages(lengths, page_size).sum()))
+    most = np.maximum(most, pages_by_shard(lengths, page_size, shards))
   return most

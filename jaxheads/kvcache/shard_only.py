@@ -68,6 +68,10 @@ class ShardOnly(Policy):
     """Tokens of a block, and of a page."""
     return next(pattern.block_size for pattern in self.patterns if pattern)
 
+  @property
+  def knows_heads(self) -> bool:
+    return True
+
   def plan(self, length: int, budget: float, shape: CacheShape) -> Plan:
     check_prompt(length, budget)
     size = self.block_size

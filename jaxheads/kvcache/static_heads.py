@@ -52,6 +52,10 @@ class StaticHeads(Policy):
         f"got {self.gates}."
       )
 
+  @property
+  def knows_heads(self) -> bool:
+    return True
+
   def plan(self, length: int, budget: float, shape: CacheShape) -> Plan:
     check_prompt(length, budget)
     gates = np.asarray(self.gates, np.float64)
@@ -82,10 +86,12 @@ class StaticHeads(Policy):
       )
     }
     slots = np.arange(shape.num_kv_heads) < full.sum(axis=-1, keepdims=True)
+    by_head = np.where(full, length, streaming.tokens)
     return Plan(
       np.where(slots, length, streaming.tokens).astype(np.int32),
       np.where(slots, 0, max(1, streaming.recent)).astype(np.int32),
       parts,
+      np.argsort(-by_head, axis=-1, kind="stable").astype(np.int32),
     )
 
   def keep(

@@ -38,6 +38,10 @@ class Streaming(Policy):
   def __post_init__(self) -> None:
     at_least(0, sinks=self.sinks)
 
+  @property
+  def knows_heads(self) -> bool:
+    return True
+
   def plan(self, length: int, budget: float, shape: CacheShape) -> Plan:
     check_prompt(length, budget)
     tokens = even_share(length, budget, shape.num_kv_heads)

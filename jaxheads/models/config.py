@@ -262,7 +262,9 @@ class ModelConfig:
   def dense(self) -> "ModelConfig":
     """The matched baseline: every head on, ungated, and seeing everything."""
     nothing = (None,) * self.num_layers
-    return dataclasses.replace(self, head_plans=nothing, contexts=nothing)
+    return dataclasses.replace(
+      self, head_plans=nothing, contexts=nothing, head_orders=()
+    )
 
   def to_dict(self) -> dict[str, Any]:
     """A dict of JSON types; `from_dict` is its inverse."""

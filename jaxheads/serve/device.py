@@ -1,5 +1,6 @@
 """The device's part of the engine: its arrays, and the programs it has."""
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -8,13 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
+from jaxheads import sharding
 from jaxheads.kvcache.pages import Pages
-from jaxheads.kvcache.policy import CacheShape, Policy
+from jaxheads.kvcache.policy import CacheShape, Plan, Policy
 from jaxheads.kvcache.rows import num_pages as pages_for
 from jaxheads.models.decoder import DecoderLM
-from jaxheads.serve import programs
+from jaxheads.serve import placement, programs
 from jaxheads.serve.buckets import bucket, buckets, power_of_two
 from jaxheads.serve.layers import Kept, Prompt
 from jaxheads.serve.programs import Drawing, Placement, Start, State, Step
@@ -45,7 +48,7 @@ class Outputs(NamedTuple):
 
 
 class Memory(NamedTuple):
-  """Bytes on the device; together the peak.
+  """Bytes on each device; together the peak.
 
   Attributes:
     pool: Pages of keys and values.
@@ -65,9 +68,10 @@ class Device:
   Args:
     model: A decoder.
     policy: What rows keep.
-    num_pages, page_size: Of the pool.
+    num_pages, page_size: Of the pool of each device.
     max_batch, max_length, chunk: As in `engine.EngineConfig`.
     dtype: Of the pool; `None` is the model's.
+    mesh: Devices that share the heads; `None` is one.
   """
 
   def __init__(
@@ -81,31 +85,47 @@ class Device:
     max_length: int,
     chunk: int | None,
     dtype: Any,
+    mesh: Mesh | None = None,
   ) -> None:
     config = model.config
+    self._mesh = mesh
+    self._shards = 1 if mesh is None else mesh.shape["heads"]
+    self._num_pages = num_pages
     self._policy = policy
     self._page_size = page_size
     self._max_batch = max_batch
     self._most_tokens = pages_for(max_length, page_size) * page_size
     self._chunk = chunk
     self._shape = CacheShape(config.num_layers, config.num_kv_heads)
-    self._state = State(
-      Pages.empty(
-        num_pages,
-        page_size,
-        config.head_dim,
-        config.dtype if dtype is None else dtype,
-      ),
-      Rows.empty(self._shape, max_batch, max_length, page_size),
-      Drawing.idle(max_batch, config.vocab_size),
-    )
+
+    def empty() -> State:
+      return State(
+        Pages.empty(
+          self._shards * num_pages,
+          page_size,
+          config.head_dim,
+          config.dtype if dtype is None else dtype,
+        ),
+        Rows.empty(self._shape, max_batch, max_length, page_size),
+        Drawing.idle(max_batch, config.vocab_size),
+      )
+
+    if mesh is None:
+      self._state = empty()
+    else:
+      where = placement.shardings(jax.eval_shape(empty), mesh)
+      self._state = jax.jit(empty, out_shardings=where)()
     self._vocab_size = config.vocab_size
     # What is kept of prompts whose rows wait for their pages, by slot.
     self._kept: dict[int, Kept] = {}
     graphdef, self._variables = nnx.split(model)
+    if mesh is not None:
+      self._variables = jax.device_put(
+        self._variables, sharding.shardings(self._variables, mesh)
+      )
 
     def program(run: Callable[..., Any]) -> "_Program":
-      return _Program(run, graphdef, self._variables)
+      return _Program(run, graphdef, self._variables, mesh)
 
     self._read_on = program(programs.read_on)
     self._finish_prompt = program(programs.finish_prompt)
@@ -127,8 +147,8 @@ class Device:
   def memory(self) -> Memory:
     """What the device must hold at once."""
     return Memory(
-      pool=self._state.pages.nbytes,
-      weights=sum(x.nbytes for x in jax.tree.leaves(self._variables)),
+      pool=placement.bytes_on_one(self._state.pages),
+      weights=placement.bytes_on_one(self._variables),
       temporaries=max(program.temporary_bytes for program in self._programs),
     )
 
@@ -151,13 +171,12 @@ class Device:
 
   def compile_all(self) -> None:
     """Compiles whatever `run` may need."""
-    known = self._policy.knows_lengths
-    layers = self._policy.plan(1, 1.0, self._shape).layers
-    nothing = np.zeros(self._shape, np.int32)
+    early = self._policy.places_early
+    plan = self._policy.plan(1, 1.0, self._shape)
     for size in self._prompt_sizes():
       pages = np.zeros((*self._shape, size // self._page_size), np.int32)
-      placement = _placement(0, pages, nothing, 0)
-      in_pages = self._chunk is not None or not known
+      placed = _placement(0, pages, plan, 0)
+      in_pages = self._chunk is not None or not early
       prompt = _prompt(
         (),
         0,
@@ -168,18 +187,21 @@ class Device:
         self._state,
         prompt,
         self._start(0, Request(id="", prompt=(0,))),
-        layers,
-        placement if known else None,
+        plan.layers,
+        placed if early else None,
         policy=self._policy,
       )
       if self._chunk is not None:
         self._read_on.prepare(self._state, prompt)
-      if not known:
+      if not early:
         # Arrays, because programs are told apart by where these are, too.
         heads = jnp.zeros(self._shape, jnp.int32)
         keep = jnp.zeros((*self._shape, size), bool)
         kept = Kept(keep, heads, heads)
-        self._place_rows.prepare(self._state, kept, pages, placement)
+        settled = placed._replace(rings_by_rank=None)
+        if self._mesh is not None:
+          kept = jax.device_put(kept, placement.shardings(kept, self._mesh))
+        self._place_rows.prepare(self._state, kept, pages, settled)
     for slots in self._batch_sizes():
       rows = (self._shape.num_layers, slots, self._shape.num_kv_heads)
       each = np.zeros(slots, np.int32)
@@ -194,7 +216,7 @@ class Device:
     size = self._prompt_size(end)
     room, pages = size, None
     if prefill.prompt_pages is not None:
-      pages = _pad(prefill.prompt_pages, size // self._page_size)
+      pages = self._pages(prefill.prompt_pages, size // self._page_size)
       # Not by what is left to read: prompts share beginnings of any length.
       room = self._chunk or size
     tokens = prefill.request.prompt[prefill.start : end]
@@ -202,12 +224,12 @@ class Device:
     if not prefill.last:
       self._state = self._read_on(self._state, prompt)
       return Outputs()
-    placement = None
+    rows = None
     if prefill.row_pages is not None:
-      placement = _placement(
+      rows = _placement(
         prefill.slot,
-        _pad(prefill.row_pages, size // self._page_size),
-        prefill.plan.rings,
+        self._pages(prefill.row_pages, size // self._page_size),
+        prefill.plan,
         end,
       )
     self._state, sampled, kept = self._finish_prompt(
@@ -215,10 +237,10 @@ class Device:
       prompt,
       self._start(prefill.slot, prefill.request),
       prefill.plan.layers,
-      placement,
+      rows,
       policy=self._policy,
     )
-    if placement is None:
+    if rows is None:
       self._kept[prefill.slot] = kept
     return Outputs(
       prefill=sampled, lengths=kept.lengths, head_of_slot=kept.head_of_slot
@@ -230,11 +252,11 @@ class Device:
     self._state = self._place_rows(
       self._state,
       self._kept.pop(compact.slot),
-      _pad(compact.prompt_pages, most),
+      self._pages(compact.prompt_pages, most),
       _placement(
         compact.slot,
-        _pad(compact.row_pages, most),
-        compact.plan.rings,
+        self._pages(compact.row_pages, most),
+        compact.plan,
         length,
       ),
     )
@@ -245,7 +267,7 @@ class Device:
     active[decode.slots] = 1
     told = Step(
       active,
-      decode.new_pages[:, :slots],
+      decode.new_pages[:, :slots] % self._num_pages,
       decode.drop[:, :slots],
       decode.forced[:slots],
     )
@@ -257,6 +279,14 @@ class Device:
     in_prompt = np.zeros(self._vocab_size, bool)
     in_prompt[list(request.prompt)] = True
     return Start(np.int32(slot), Sampling.of(request.params), in_prompt)
+
+  def _pages(
+    self, pages: Int[np.ndarray, "R K m"], count: int
+  ) -> Int[np.ndarray, "R K count"]:
+    """As the devices number them, so many for each row; 0 is none."""
+    more = max(0, count - pages.shape[-1])
+    padded = np.pad(pages, ((0, 0), (0, 0), (0, more)))
+    return padded[..., :count] % self._num_pages
 
   def _prompt_size(self, length: int) -> int:
     """Room for a prompt, whole pages."""
@@ -279,7 +309,7 @@ class Device:
   def _entries(self, slots: int) -> Iterator[int]:
     """Sizes of the list of a layer's pages; the last has room for all."""
     pages = self._most_tokens // self._page_size
-    most = slots * self._shape.num_kv_heads * pages
+    most = slots * self._shape.num_kv_heads // self._shards * pages
     size = _LEAST_ENTRIES
     while size < most:
       yield size
@@ -298,8 +328,10 @@ class _Program:
     run: Callable[..., Any],
     graphdef: nnx.GraphDef,
     variables: nnx.State,
+    mesh: Mesh | None,
   ) -> None:
     self._run = run
+    self._mesh = mesh
     self._graphdef = graphdef
     self._variables = variables
     # By sizes; programs of equal models are shared.
@@ -324,7 +356,9 @@ class _Program:
     key = (*_sizes(args), named)
     if key not in self._compiled:
       whole = _sizes((self._variables, state, *args))
-      self._compiled[key] = _compile(self._run, self._graphdef, *whole, named)
+      self._compiled[key] = _compile(
+        self._run, self._graphdef, *whole, named, self._mesh
+      )
     return self._compiled[key]
 
   def __call__(self, state: State, *args: Any, **settings: Any) -> Any:
@@ -339,13 +373,19 @@ def _compile(
   leaves: tuple[jax.ShapeDtypeStruct, ...],
   tree: Any,
   settings: tuple[tuple[str, Any], ...],
+  mesh: Mesh | None,
 ) -> Callable[..., Any]:
   def merged(variables: nnx.State, *args: Any) -> Any:
-    return run(nnx.merge(graphdef, variables), *args, **dict(settings))
+    out = run(nnx.merge(graphdef, variables), *args, **dict(settings))
+    if mesh is None:
+      return out
+    # The next turn expects its state where this one had it.
+    return jax.lax.with_sharding_constraint(out, placement.shardings(out, mesh))
 
   merged.__name__ = run.__name__
   jitted = jax.jit(merged, donate_argnums=1)
-  return jitted.lower(*tree.unflatten(leaves)).compile()
+  with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+    return jitted.lower(*tree.unflatten(leaves)).compile()
 
 
 def _sizes(args: Any) -> tuple[tuple[jax.ShapeDtypeStruct, ...], Any]:
@@ -374,15 +414,9 @@ def _prompt(
 def _placement(
   slot: int,
   pages: Int[np.ndarray, "R K m"],
-  rings: Int[np.ndarray, "R K"],
+  plan: Plan,
   length: int,
 ) -> Placement:
-  return Placement(np.int32(slot), pages, rings, np.int32(length))
-
-
-def _pad(
-  pages: Int[np.ndarray, "R K m"], count: int
-) -> Int[np.ndarray, "R K count"]:
-  """With so many pages for each row; 0 is none."""
-  more = max(0, count - pages.shape[-1])
-  return np.pad(pages, ((0, 0), (0, 0), (0, more)))[..., :count]
+  return Placement(
+    np.int32(slot), pages, plan.rings, np.int32(length), plan.rings_by_rank
+  )

@@ -8,14 +8,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Int
 
+from jaxheads import head_order
 from jaxheads.kvcache.by_context import ByContext
+from jaxheads.kvcache.by_shard import ByShard
 from jaxheads.kvcache.full import Full
 from jaxheads.kvcache.pages import QUANTISED
 from jaxheads.kvcache.policy import CacheShape, Policy
 from jaxheads.models.config import ModelConfig
 from jaxheads.models.decoder import DecoderLM
+from jaxheads.serve import shards
 from jaxheads.serve.buckets import power_of_two
 from jaxheads.serve.device import Device, Memory, Outputs
 from jaxheads.serve.request import Event, FinishReason, Request
@@ -39,7 +43,8 @@ class EngineConfig:
     max_length: Tokens of prompt and answer at most; `None` is the model's
       `max_seq_len`.
     max_waiting: Requests that wait at most.
-    num_pages: Pages of the pool; `None` is room for `max_batch` full caches.
+    num_pages: Pages of the pool, on all devices together; `None` is room for
+      `max_batch` full caches.
     page_size: Tokens of a page; `None` suits machine and length, and is the
       block size of a model whose heads have contexts.
     chunk: Tokens of a prompt to read in a turn; `None` is all.
@@ -128,6 +133,7 @@ class EngineStats:
     preemptions: So far.
     tokens_generated: So far.
     compilations: Programs compiled so far.
+    failed_replicas: Engines that serve no more, of several.
   """
 
   waiting: int
@@ -138,6 +144,7 @@ class EngineStats:
   preemptions: int
   tokens_generated: int
   compilations: int
+  failed_replicas: int = 0
 
 
 @dataclasses.dataclass(slots=True)
@@ -169,6 +176,9 @@ class Engine:
     budget: Fraction of the cache that prompts keep unless their request says
       otherwise, in (0, 1].
     config: Sizes.
+    mesh: Devices that share the heads, along the axis `heads` of a
+      `jaxheads.sharding.make_mesh`: each holds the pages of its own KV heads,
+      and its part of the parameters. `None` is the default device.
 
   Raises:
     ValueError: A setting is out of range, or does not fit the model.
@@ -181,6 +191,7 @@ class Engine:
     policy: Policy | None = None,
     budget: float = 1.0,
     config: EngineConfig | None = None,
+    mesh: Mesh | None = None,
   ) -> None:
     config = EngineConfig() if config is None else config
     sizes = model.config
@@ -193,10 +204,19 @@ class Engine:
         f"{max_length}."
       )
     shape = CacheShape(sizes.num_layers, sizes.num_kv_heads)
-    num_pages = config.num_pages
-    if num_pages is None:
+    num_shards = 1
+    if mesh is not None:
+      num_shards = shards.check_mesh(mesh, sizes.num_heads, sizes.num_kv_heads)
+    if config.num_pages is None:
       rows = shape.num_layers * shape.num_kv_heads * config.max_batch
-      num_pages = 1 + rows * -(-max_length // page_size)
+      num_pages = 1 + rows // num_shards * -(-max_length // page_size)
+    else:
+      num_pages = config.num_pages // num_shards
+      if num_pages < 2:
+        raise ValueError(
+          f"`num_pages` must be at least {2 * num_shards}, a dummy and one to "
+          f"give out on each device, got {config.num_pages}."
+        )
     policy = Full() if policy is None else policy
     if not hasattr(policy, "plan"):
       raise ValueError(
@@ -205,6 +225,8 @@ class Engine:
       )
     if any(sizes.contexts):
       policy = ByContext(policy=policy, contexts=sizes.stored_contexts)
+    if num_shards > 1:
+      policy = ByShard(policy=policy, shards=num_shards)
     self._scheduler = Scheduler(
       shape=shape,
       page_size=page_size,
@@ -216,6 +238,7 @@ class Engine:
       budget=budget,
       chunk=config.chunk,
       prefix_sharing=config.prefix_sharing,
+      shards=num_shards,
     )
     self._device = Device(
       model,
@@ -226,11 +249,23 @@ class Engine:
       max_length=max_length,
       chunk=config.chunk,
       dtype=config.dtype,
+      mesh=mesh,
     )
     self._budget = budget
     self._policy = policy
     self._shape = shape
     self._vocab_size = sizes.vocab_size
+    # Where each KV head is stored.
+    self._place_of_head = np.array(
+      [
+        range(shape.num_kv_heads)
+        if order is None
+        else head_order.inverse(
+          head_order.of_kv_heads(order, shape.num_kv_heads)
+        )
+        for order in sizes.head_orders or (None,) * shape.num_layers
+      ]
+    )
     self._live: dict[str, _Live] = {}
     self._flight: _Flight | None = None
     self._ended: list[Event] = []
@@ -251,6 +286,15 @@ class Engine:
       raise ValueError(f"`id` must be unique, {request.id!r} is in use.")
     self._scheduler.add(request)
     self._live[request.id] = _Live(request)
+
+  def check(self, request: Request) -> None:
+    """Refuses what can never be served; any thread may ask.
+
+    Raises:
+      ValueError: The message says why.
+    """
+    self._check_prompt(request.prompt)
+    self._scheduler.check(request)
 
   def kept_fraction(self, request: Request) -> float:
     """Share of the prompt's tokens that heads keep: the effective budget.
@@ -353,7 +397,10 @@ class Engine:
       live = self._live.get(sequence.id)
       if live is None or live.head_of_slot is None:
         continue
-      slot_of_head = np.argsort(live.head_of_slot, axis=-1)
+      slot_of_place = np.argsort(live.head_of_slot, axis=-1)
+      slot_of_head = np.take_along_axis(
+        slot_of_place, self._place_of_head, axis=-1
+      )
       tokens, pages = (
         np.take_along_axis(x, slot_of_head, axis=-1)
         for x in (sequence.lengths, sequence.pages)
@@ -414,8 +461,10 @@ class Engine:
       live = self._live.get(name)
       if live is not None:
         live.head_of_slot = outputs.head_of_slot
-        if prefill.row_pages is None:
-          self._scheduler.set_lengths(name, outputs.lengths)
+        if not self._policy.knows_lengths:
+          self._scheduler.set_lengths(
+            name, outputs.lengths, outputs.head_of_slot
+          )
         if prefill.emit:
           events += self._emit(name, outputs.prefill, 0)
     if turn.decode is not None:

@@ -1,5 +1,6 @@
 """A model over a pool of pages: reading prompts, and decoding."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -12,7 +13,9 @@ from jaxheads.kvcache.policy import LayerWindow, Policy
 from jaxheads.kvcache.rows import RowStep, num_pages
 from jaxheads.models.decoder import DecoderBlock, DecoderLM
 from jaxheads.nn import HeadAttention
+from jaxheads.serve import shards
 from jaxheads.serve.state import Rows
+from jaxheads.sharding import constrain
 from pallas_kernels.paged_attention import PageTable, paged_attention
 
 
@@ -39,7 +42,7 @@ class Kept(NamedTuple):
   Attributes:
     tokens: True for those that stay, by head.
     lengths: How many, by row slot.
-    head_of_slot: Which head each row slot belongs to.
+    head_of_slot: Which head each row slot belongs to, one of its device.
   """
 
   tokens: Bool[Array, "R K S"]
@@ -94,13 +97,24 @@ def read_prompt(
     attention = block.attention
     h = block.attention_norm(x)
     k, v = (
-      jnp.where(is_real, y[0], 0)
+      constrain(jnp.where(is_real, y[0], 0), None, "kv_heads", None)
       for y in attention.project_kv(h, positions[None])
     )
     if prompt_pages is None:
       out = attention.attend(h, k[None], v[None])
     else:
-      k, v, pages = _continue(pages, prompt_pages, k, v, prompt.start)
+      go_on = shards.over_heads(
+        _continue,
+        (
+          shards.PAGES,
+          shards.ROWS,
+          shards.TOKENS,
+          shards.TOKENS,
+          shards.EVERYWHERE,
+        ),
+        (shards.TOKENS, shards.TOKENS, shards.PAGES),
+      )
+      k, v, pages = go_on(pages, prompt_pages, k, v, prompt.start)
       out = _attend_so_far(attention, h, k, v, prompt.start)
     kept = None
     if policy is not None:
@@ -115,18 +129,25 @@ def read_prompt(
         layer=number,
       )
       keep = policy.keep(window, plan)
-      rows = compact(keep, k, v)
-      kept = Kept(keep, rows.lengths, rows.head_of_slot)
-      if row_pages is not None:
-        pages = _write_rows(pages, row_pages, rows.k, rows.v)
-    x += out
-    return (x + block.mlp(block.mlp_norm(x)), pages), kept
+      keep_rows = shards.over_heads(
+        _keep_rows,
+        (
+          shards.PAGES,
+          shards.ROWS,
+          shards.ROWS,
+          shards.TOKENS,
+          shards.TOKENS,
+        ),
+        (shards.PAGES, Kept(*[shards.ROWS] * 3)),
+      )
+      pages, kept = keep_rows(pages, row_pages, keep, k, v)
+    return (_feed_forward(block, x + out), pages), kept
 
   x = model.embedding(prompt.tokens[None])
   inputs = (_indices(model), prompt.prompt_pages, row_pages, layers)
   (x, pages), kept = model.scan_layers(layer, (x, pages), inputs)
   x = jax.lax.dynamic_slice_in_dim(x, prompt.count - 1, 1, axis=1)
-  return Reading(pages, model.logits(x)[0, 0], kept)
+  return Reading(pages, _logits(model, x)[0, 0], kept)
 
 
 def copy_rows(
@@ -143,7 +164,14 @@ def copy_rows(
     rows = compact(keep, k, v)
     return _write_rows(pages, row_pages, rows.k, rows.v), None
 
-  return jax.lax.scan(layer, pages, (keep, prompt_pages, row_pages))[0]
+  def copy(pages: Pages, *inputs: Array) -> Pages:
+    return jax.lax.scan(layer, pages, inputs)[0]
+
+  by_row = shards.ROWS_OF_SLOTS
+  copy = shards.over_heads(
+    copy, (shards.PAGES, by_row, by_row, by_row), shards.PAGES
+  )
+  return copy(pages, keep, prompt_pages, row_pages)
 
 
 def decode(
@@ -168,58 +196,42 @@ def decode(
     entries: Room for the pages that the rows of a layer list; static.
   """
   positions = rows.positions - 1  # Counted already.
-  batch, kv_heads = rows.lengths.shape[1:]
+  by_row = shards.ROWS_OF_SLOTS
+  layer_rows = _LayerRows(*[by_row] * 5)
+  append = shards.over_heads(
+    _append,
+    (shards.PAGES, layer_rows, shards.EVERYWHERE, by_row, by_row),
+    shards.PAGES,
+  )
 
   def layer(
-    block: DecoderBlock, carry: tuple[Array, Pages], inputs: tuple[Any, ...]
+    block: DecoderBlock, carry: tuple[Array, Pages], inputs: _LayerRows
   ) -> tuple[tuple[Array, Pages], None]:
     x, pages = carry
-    numbers, lengths, write, is_new, head_of_slot = inputs
     attention = block.attention
     h = block.attention_norm(x)
-    # Each KV head's arrays to its row slot, and back.
-    to_slot = head_of_slot[..., None]
-    k, v = (
-      jnp.take_along_axis(y[:, 0], to_slot, axis=1).reshape(-1, y.shape[-1])
-      for y in attention.project_kv(h, positions[:, None])
-    )
-    at = write // pages.page_size
-    number = jnp.take_along_axis(numbers, at[..., None], axis=-1)[..., 0]
-    number = jnp.where(active[:, None] > 0, number, 0)
-    offset = write % pages.page_size
-    pages = pages.append(
-      number.reshape(-1), offset.reshape(-1), is_new.reshape(-1), k, v
-    )
-    lengths = jnp.where(active[:, None] > 0, lengths, 0)
-    starts, listed = _list_pages(numbers, lengths, pages.page_size, entries)
+    k, v = (y[:, 0] for y in attention.project_kv(h, positions[:, None]))
+    pages = append(pages, inputs, active, k, v)
 
     def read(q: Array, chosen: Array | None) -> Array:
-      groups = q.shape[2] // kv_heads
-      seen = lengths
-      if chosen is not None:
-        used = chosen.reshape(batch, kv_heads, groups).any(axis=-1)
-        used = jnp.take_along_axis(used, head_of_slot, axis=1)
-        seen = jnp.where(used, lengths, 0)
-      q = q.reshape(batch, kv_heads, groups, -1)
-      q = jnp.take_along_axis(q, to_slot[..., None], axis=1)
-      out = paged_attention(
-        q.reshape(batch * kv_heads, groups, -1),
-        pages.k.stored,
-        pages.v.stored,
-        PageTable(listed, starts, seen.reshape(-1)),
-        k_scales=pages.k.scales,
-        v_scales=pages.v.scales,
+      attend = shards.over_heads(
+        functools.partial(_attend_to_rows, entries=entries),
+        (
+          shards.PAGES,
+          layer_rows,
+          shards.EVERYWHERE,
+          shards.QUERIES,
+          shards.QUERIES,
+        ),
+        shards.QUERIES,
       )
-      out = out.reshape(q.shape)
-      slot_of_head = jnp.argsort(head_of_slot, axis=1)
-      out = jnp.take_along_axis(out, slot_of_head[..., None, None], axis=1)
-      return out.reshape(batch, 1, kv_heads * groups, -1)
+      return attend(pages, inputs, active, q, chosen)
 
     x += attention.attend_with(h, positions[:, None], read)
-    return (x + block.mlp(block.mlp_norm(x)), pages), None
+    return (_feed_forward(block, x), pages), None
 
   x = model.embedding(tokens[:, None])
-  inputs = (
+  inputs = _LayerRows(
     rows.pages,
     rows.lengths,
     step.write,
@@ -227,7 +239,118 @@ def decode(
     rows.head_of_slot,
   )
   (x, pages), _ = model.scan_layers(layer, (x, pages), inputs)
-  return model.logits(x)[:, 0], pages
+  return _logits(model, x)[:, 0], pages
+
+
+class _LayerRows(NamedTuple):
+  """The rows of one layer, or of all.
+
+  Attributes:
+    pages, lengths, head_of_slot: See `Rows`.
+    write, is_new: Where each row's token goes, see `RowStep`.
+  """
+
+  pages: Int[Array, "*R B K M"]
+  lengths: Int[Array, "*R B K"]
+  write: Int[Array, "*R B K"]
+  is_new: Int[Array, "*R B K"]
+  head_of_slot: Int[Array, "*R B K"]
+
+
+def _append(
+  pages: Pages,
+  rows: _LayerRows,
+  active: Int[Array, " B"],
+  k: Float[Array, "B K H"],
+  v: Float[Array, "B K H"],
+) -> Pages:
+  """The pool with one more token in every row of the active slots."""
+  # Each KV head's arrays to its row slot.
+  to_slot = _own_heads(rows)[..., None]
+  k, v = (
+    jnp.take_along_axis(y, to_slot, axis=1).reshape(-1, y.shape[-1])
+    for y in (k, v)
+  )
+  at = rows.write // pages.page_size
+  number = jnp.take_along_axis(rows.pages, at[..., None], axis=-1)[..., 0]
+  number = jnp.where(active[:, None] > 0, number, 0)
+  offset = rows.write % pages.page_size
+  return pages.append(
+    number.reshape(-1), offset.reshape(-1), rows.is_new.reshape(-1), k, v
+  )
+
+
+def _attend_to_rows(
+  pages: Pages,
+  rows: _LayerRows,
+  active: Int[Array, " B"],
+  q: Float[Array, "B 1 N H"],
+  chosen: Bool[Array, "B 1 N"] | None,
+  *,
+  entries: int,
+) -> Float[Array, "B 1 N H"]:
+  """What each query head reads from the row of its KV head."""
+  batch, kv_heads = rows.lengths.shape
+  groups = q.shape[2] // kv_heads
+  head_of_slot = _own_heads(rows)
+  lengths = jnp.where(active[:, None] > 0, rows.lengths, 0)
+  starts, listed = _list_pages(rows.pages, lengths, pages.page_size, entries)
+  seen = lengths
+  if chosen is not None:
+    used = chosen.reshape(batch, kv_heads, groups).any(axis=-1)
+    used = jnp.take_along_axis(used, head_of_slot, axis=1)
+    seen = jnp.where(used, lengths, 0)
+  q = q.reshape(batch, kv_heads, groups, -1)
+  # To row slots, and back.
+  q = jnp.take_along_axis(q, head_of_slot[..., None, None], axis=1)
+  out = paged_attention(
+    q.reshape(batch * kv_heads, groups, -1),
+    pages.k.stored,
+    pages.v.stored,
+    PageTable(listed, starts, seen.reshape(-1)),
+    k_scales=pages.k.scales,
+    v_scales=pages.v.scales,
+  )
+  out = out.reshape(q.shape)
+  slot_of_head = jnp.argsort(head_of_slot, axis=1)
+  out = jnp.take_along_axis(out, slot_of_head[..., None, None], axis=1)
+  return out.reshape(batch, 1, kv_heads * groups, -1)
+
+
+def _own_heads(rows: _LayerRows) -> Int[Array, "B K"]:
+  """Which of this device's KV heads each row slot belongs to."""
+  return rows.head_of_slot - shards.first_head(rows.head_of_slot.shape[1])
+
+
+def _keep_rows(
+  pages: Pages,
+  row_pages: Int[Array, "K m"] | None,
+  keep: Bool[Array, "K S"],
+  k: Float[Array, "S K H"],
+  v: Float[Array, "S K H"],
+) -> tuple[Pages, Kept]:
+  """What stays of one layer of a prompt, in its rows if these have pages."""
+  rows = compact(keep, k, v)
+  heads = rows.head_of_slot + shards.first_head(keep.shape[0])
+  if row_pages is not None:
+    pages = _write_rows(pages, row_pages, rows.k, rows.v)
+  return pages, Kept(keep, rows.lengths, heads)
+
+
+def _feed_forward(
+  block: DecoderBlock, x: Float[Array, "B T D"]
+) -> Float[Array, "B T D"]:
+  """The second half of a layer; the residual stream is everywhere."""
+  x = constrain(x, None, None, None)
+  return constrain(x + block.mlp(block.mlp_norm(x)), None, None, None)
+
+
+def _logits(
+  model: DecoderLM, x: Float[Array, "B T D"]
+) -> Float[Array, "B T V"]:
+  """Logits, everywhere; devices exchange these, not their parts of a table."""
+  logits = constrain(model.logits(x), None, None, "vocab")
+  return constrain(logits, None, None, None)
 
 
 def _indices(model: DecoderLM) -> Int[Array, " R"]:
@@ -249,7 +372,10 @@ def _continue(
   first = jnp.minimum(start // page, numbers.shape[1] - touched)
   zero = jnp.zeros_like(first)
   both = []
-  for old, new in zip(pages.gather(numbers), (k, v), strict=True):
+  # Gathered once: a GPU's compiler would do it again after the pool has been
+  # written, and keep a copy of it for that.
+  so_far = jax.lax.optimization_barrier(pages.gather(numbers))
+  for old, new in zip(so_far, (k, v), strict=True):
     # New pages hold what others left there, which even without weight in the
     # attention may be NaN. Padding may reach past the last page.
     old = jnp.where((jnp.arange(room) < start)[:, None], old, 0)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxheads.kvcache.by_shard import rings_of
 from jaxheads.kvcache.pages import Pages
 from jaxheads.kvcache.policy import Policy
 from jaxheads.models.decoder import DecoderLM
@@ -69,12 +70,14 @@ class Placement(NamedTuple):
     pages: By row slot.
     rings: `Plan.rings`.
     length: Tokens of the prompt.
+    rings_by_rank: `Plan.rings_by_rank`, in place of `rings`; or `None`.
   """
 
   slot: Int[Any, ""]
   pages: Int[Any, "R K m"]
   rings: Int[Any, "R K"]
   length: Int[Any, ""]
+  rings_by_rank: Int[Any, "R K"] | None = None
 
 
 class Step(NamedTuple):
@@ -203,11 +206,14 @@ def step(
 
 
 def _place(rows: Rows, placement: Placement, kept: Kept) -> Rows:
+  rings, by_rank = placement.rings, placement.rings_by_rank
+  if by_rank is not None:
+    rings = rings_of(by_rank, kept.lengths, kept.head_of_slot, jnp)
   return rows.place(
     placement.slot,
     pages=placement.pages,
     lengths=kept.lengths,
-    rings=placement.rings,
+    rings=rings,
     head_of_slot=kept.head_of_slot,
     position=placement.length,
   )

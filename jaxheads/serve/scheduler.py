@@ -6,7 +6,7 @@ import numbers
 import numpy as np
 from jaxtyping import Bool, Int
 
-from jaxheads.kvcache.allocator import PageAllocator
+from jaxheads.kvcache.by_shard import rings_of
 from jaxheads.kvcache.policy import CacheShape, Plan, Policy
 from jaxheads.kvcache.prefix import PrefixCache, block_keys
 from jaxheads.kvcache.row_table import RowTable
@@ -16,7 +16,9 @@ from jaxheads.kvcache.rows import (
   check_rows,
   most_pages,
   num_pages,
+  pages_by_shard,
 )
+from jaxheads.kvcache.shards import ShardedAllocator
 from jaxheads.serve.request import QueueFull, Request
 from jaxheads.serve.sequence import Sequence, State
 from jaxheads.serve.stats import SequenceStats, Stats
@@ -50,16 +52,21 @@ class Scheduler:
   Args:
     shape: Layers R and KV heads K.
     page_size: Tokens of a page.
-    num_pages: Pages of the pool, the dummy page 0 among them.
+    num_pages: Pages of the pool of each shard, the dummy page 0 among them.
     max_batch: Sequence slots B.
     max_length: Tokens of prompt and answer, at most.
     max_waiting: Requests that wait, at most.
-    policy: What rows keep. `plan`, `window`, `knows_lengths` and `drops` are
+    policy: What rows keep. `plan`, `window`, `drops`, `knows_lengths` and
+      `places_early` are
       used.
     budget: Of requests that name none, in (0, 1].
     chunk: Tokens of a prompt to read in a turn; `None` is all.
     prefix_sharing: Whether prompts that begin alike share prompt pages. Needs
       a policy or a `chunk` that uses prompt pages.
+    shards: Devices that share the KV heads evenly; each has its own pool, and
+      all of them must have room. Of several, `policy` is a
+      `jaxheads.kvcache.by_shard.ByShard`. Page numbers are those of a
+      `jaxheads.kvcache.shards.ShardedAllocator`.
 
   Raises:
     ValueError: A setting is out of range; the message names it.
@@ -78,6 +85,7 @@ class Scheduler:
     budget: float = 1.0,
     chunk: int | None = None,
     prefix_sharing: bool = False,
+    shards: int = 1,
   ) -> None:
     for name, value, least in (
       ("page_size", page_size, 1),
@@ -89,7 +97,7 @@ class Scheduler:
       if value is not None and value < least:
         raise ValueError(f"`{name}` must be at least {least}, got {value}.")
     _check_budget(budget)
-    uses_prompt_pages = chunk is not None or not policy.knows_lengths
+    uses_prompt_pages = chunk is not None or not policy.places_early
     if prefix_sharing and not uses_prompt_pages:
       raise ValueError(
         "`prefix_sharing` needs prompt pages; set `chunk`, the tokens of a "
@@ -99,7 +107,7 @@ class Scheduler:
     self.shape = shape
     self.page_size = page_size
     self.max_length = max_length
-    self.allocator = PageAllocator(num_pages)
+    self.allocator = ShardedAllocator(num_pages, shards)
     self.prefixes = PrefixCache(self.allocator)
     self.rows = RowTable(shape, max_batch, max_length, page_size)
     self.preemptions = 0
@@ -109,7 +117,11 @@ class Scheduler:
     self._chunk = chunk
     self._uses_prompt_pages = uses_prompt_pages
     self._prefix_sharing = prefix_sharing
-    self._heads = shape.num_layers * shape.num_kv_heads
+    self._shards = shards
+    # Where each row slot's pages are.
+    by_slot = np.arange(shape.num_kv_heads) * shards // shape.num_kv_heads
+    self._shard_of_row = np.broadcast_to(by_slot, shape)
+    self._heads = self._shard_of_row.size
     self._sequences: dict[str, Sequence] = {}
     # Both in the order in which requests came; who is active came before all
     # who wait.
@@ -126,9 +138,25 @@ class Scheduler:
       ValueError: It can never run; the message says why.
       QueueFull: `max_waiting` requests wait already.
     """
-    length, answer = len(request.prompt), request.params.max_tokens
     if request.id in self._sequences:
       raise ValueError(f"`id` must be unique, {request.id!r} is in use.")
+    plan = self.check(request)
+    if self.is_full:
+      raise QueueFull(f"{len(self._waiting)} requests are waiting.")
+    blocks: tuple[bytes, ...] = ()
+    if self._prefix_sharing:
+      blocks = block_keys(request.prompt, self.page_size)
+    sequence = Sequence(request=request, plan=plan, blocks=blocks)
+    self._sequences[request.id] = sequence
+    self._waiting.append(sequence)
+
+  def check(self, request: Request) -> Plan:
+    """The plan of a request that may come; changes nothing.
+
+    Raises:
+      ValueError: It can never run; the message says why.
+    """
+    length, answer = len(request.prompt), request.params.max_tokens
     if not length:
       raise ValueError("`prompt` must hold at least one token.")
     if length + answer > self.max_length:
@@ -139,22 +167,16 @@ class Scheduler:
     budget = self._budget if request.budget is None else request.budget
     _check_budget(budget)
     plan = self._policy.plan(length, budget, self.shape)
-    check_rows(plan.lengths, plan.rings, self.shape, length)
-    most = self._most_pages(plan, length, answer)
-    if most > self.allocator.num_pages:
+    check_rows(plan.lengths, plan.rings, self.shape, length, self._shards)
+    most = int(self._most_pages(plan, length, answer).max())
+    if most > self.allocator.pages_in_shard:
+      where = "" if self._shards == 1 else " on one device"
       raise ValueError(
-        f"The request may need {most} pages, the pool has "
-        f"{self.allocator.num_pages}. Lower `budget` or `max_tokens`, or "
+        f"The request may need {most} pages{where}, the pool has "
+        f"{self.allocator.pages_in_shard}. Lower `budget` or `max_tokens`, or "
         "shorten the prompt."
       )
-    if self.is_full:
-      raise QueueFull(f"{len(self._waiting)} requests are waiting.")
-    blocks: tuple[bytes, ...] = ()
-    if self._prefix_sharing:
-      blocks = block_keys(request.prompt, self.page_size)
-    sequence = Sequence(request=request, plan=plan, blocks=blocks)
-    self._sequences[request.id] = sequence
-    self._waiting.append(sequence)
+    return plan
 
   @property
   def is_full(self) -> bool:
@@ -191,26 +213,42 @@ class Scheduler:
     sequence.known.extend(tokens)
 
   def set_lengths(
-    self, request_id: str, lengths: Int[np.ndarray, "R K"]
+    self,
+    request_id: str,
+    lengths: Int[np.ndarray, "R K"],
+    heads: Int[np.ndarray, "R K"] | None = None,
   ) -> None:
     """Says how many tokens each row slot keeps of a prompt.
 
     For policies that do not know it, after the turn of the last chunk. Nothing
     happens if the request has ended, was preempted since, or knows already.
 
+    Args:
+      request_id: Of whose prompt.
+      lengths: How many.
+      heads: The KV head of each row slot; `None` if the plan knows it, or
+        need not know.
     Raises:
       ValueError: They are no lengths, or exceed the policy's bounds.
     """
     sequence = self._sequences.get(request_id)
     if sequence is None or sequence.state is not State.SETTLING:
       return
-    if sequence.lengths is not None:
+    if sequence.settled is not None:
       return
-    lengths = np.asarray(lengths, np.int32)
-    check_rows(lengths, sequence.plan.rings, self.shape, sequence.length)
-    if (lengths > sequence.plan.lengths).any():
+    plan = sequence.plan
+    lengths, rings = np.asarray(lengths, np.int32), plan.rings
+    if plan.rings_by_rank is not None:
+      rings = rings_of(plan.rings_by_rank, lengths, heads)
+      plan = plan._replace(heads=heads, rings_by_rank=None)
+    check_rows(lengths, rings, self.shape, sequence.length, self._shards)
+    if (lengths > plan.lengths).any():
       raise ValueError("Lengths of rows exceed the bounds of the plan.")
-    sequence.lengths = lengths
+    sequence.settled = plan._replace(lengths=lengths, rings=rings)
+    if self._policy.places_early:
+      over = self.rows.settle(sequence.slot, lengths, rings)
+      self.allocator.free(over)
+      sequence.state = State.RUNNING
 
   # What the device does next.
 
@@ -261,7 +299,7 @@ class Scheduler:
       running=len(self._active),
       pages_used=self.allocator.num_used - self.prefixes.num_idle_pages,
       pages_cached=self.prefixes.num_idle_pages,
-      pages_free=self.allocator.num_free,
+      pages_free=int(self.allocator.num_free.sum()),
       preemptions=self.preemptions,
       page_size=self.page_size,
       sequences=sequences,
@@ -269,8 +307,10 @@ class Scheduler:
 
   # Pages.
 
-  def _most_pages(self, plan: Plan, length: int, answer: int) -> int:
-    """Pages that a request holds at once, at most."""
+  def _most_pages(
+    self, plan: Plan, length: int, answer: int
+  ) -> Int[np.ndarray, " shards"]:
+    """Pages that a request holds at once on each shard, at most."""
     exact = self._policy.knows_lengths
     rows = most_pages(
       plan.lengths,
@@ -279,14 +319,21 @@ class Scheduler:
       count=answer - 1,  # Nobody reads the last token's keys.
       page_size=self.page_size,
       drops=lambda at: self._drops_at(at, plan) if exact else None,
+      shards=self._shards,
     )
     if not self._uses_prompt_pages:
       return rows
-    prompt = self._heads * num_pages(length, self.page_size)
-    return max(rows, prompt + self._row_pages(plan.lengths))
+    prompt = self._heads // self._shards * num_pages(length, self.page_size)
+    return np.maximum(rows, prompt + self._row_pages(plan.lengths))
 
-  def _row_pages(self, lengths: Int[np.ndarray, "R K"]) -> int:
-    return int(num_pages(lengths, self.page_size).sum())
+  def _row_pages(
+    self, lengths: Int[np.ndarray, "R K"]
+  ) -> Int[np.ndarray, " shards"]:
+    return pages_by_shard(lengths, self.page_size, self._shards)
+
+  def _growing_rows(self, plan: Plan) -> Int[np.ndarray, " shards"]:
+    """Rows that may need a page for a new token."""
+    return pages_by_shard((plan.rings == 0).astype(np.int32), 1, self._shards)
 
   def _drops_at(
     self, position: int, plan: Plan
@@ -298,21 +345,29 @@ class Scheduler:
     return np.take_along_axis(by_head, plan.heads, axis=-1)
 
   @property
-  def _available(self) -> int:
-    return self.allocator.num_free + self.prefixes.num_idle_pages
+  def _available(self) -> Int[np.ndarray, " shards"]:
+    # What the prefix cache holds is spread evenly.
+    idle = self.prefixes.num_idle_pages // self._shards
+    return self.allocator.num_free + idle
 
-  def _allocate(self, count: int) -> Int[np.ndarray, " n"]:
-    self.prefixes.evict(count)
-    return self.allocator.allocate(count)
+  def _allocate(self, where: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
+    """New pages, each of the shard that is named."""
+    counts = np.bincount(where, minlength=self._shards)
+    self.prefixes.evict(counts)
+    pages = self.allocator.allocate(counts)
+    in_order = np.empty_like(pages)
+    in_order[np.argsort(where, kind="stable")] = pages
+    return in_order
 
-  def _place_rows(self, sequence: Sequence) -> Int[np.ndarray, "R K m"]:
-    """Gives a sequence its rows; their lengths must be known."""
-    assert sequence.lengths is not None
-    pages = self._allocate(self._row_pages(sequence.lengths))
-    sequence.state = State.RUNNING
-    return self.rows.place(
-      sequence.slot, sequence.lengths, sequence.plan.rings, pages
-    )
+  def _place_rows(
+    self, sequence: Sequence, plan: Plan
+  ) -> Int[np.ndarray, "R K m"]:
+    """Gives a sequence its rows; their lengths may be bounds."""
+    counts = num_pages(plan.lengths, self.page_size)
+    pages = self._allocate(np.repeat(self._shard_of_row, counts.reshape(-1)))
+    is_settled = sequence.settled is not None
+    sequence.state = State.RUNNING if is_settled else State.SETTLING
+    return self.rows.place(sequence.slot, plan.lengths, plan.rings, pages)
 
   # Ends, and what they leave.
 
@@ -344,7 +399,7 @@ class Scheduler:
     self._slots[sequence.slot] = None
     sequence.state = State.WAITING
     sequence.slot = -1
-    sequence.lengths = None
+    sequence.settled = None
 
   def _release_prompt(self, sequence: Sequence) -> None:
     """Frees prompt pages; of a prompt that was read, some may stay cached."""
@@ -363,17 +418,18 @@ class Scheduler:
   # Rows of prompts whose lengths came late.
 
   def _is_settled(self, sequence: Sequence) -> bool:
-    return sequence.state is State.SETTLING and sequence.lengths is not None
+    # Rows that were placed early run as soon as they are settled.
+    return sequence.state is State.SETTLING and sequence.settled is not None
 
   def _compact(self, sequence: Sequence) -> Compact:
-    assert sequence.lengths is not None
+    assert sequence.settled is not None
     assert sequence.prompt_pages is not None
     return Compact(
       slot=sequence.slot,
       request=sequence.request,
-      plan=sequence.plan._replace(lengths=sequence.lengths),
+      plan=sequence.settled,
       prompt_pages=sequence.prompt_pages,
-      row_pages=self._place_rows(sequence),
+      row_pages=self._place_rows(sequence, sequence.settled),
     )
 
   # Decoding.
@@ -397,7 +453,8 @@ class Scheduler:
         or sequence.position % self.page_size
       ):
         continue
-      gone = self._drops_at(sequence.position, sequence.plan)
+      assert sequence.settled is not None
+      gone = self._drops_at(sequence.position, sequence.settled)
       if gone is None:
         continue
       slot = sequence.slot
@@ -422,23 +479,27 @@ class Scheduler:
     Returns:
       `ready`, if there is room for its rows too.
     """
-    needs = step.new_page.sum(axis=(0, 2))
-    wanted = int(needs @ self._running())
-    if ready is not None:
-      assert ready.lengths is not None
-      wanted += self._row_pages(ready.lengths)
-    while wanted > self._available:
+    new = step.new_page
+    needs = new.reshape(*new.shape[:2], self._shards, -1).sum(axis=(0, 3))
+    wanted = self._running() @ needs  # By shard.
+    rows = 0 if ready is None else self._rows_of(ready)
+    wanted = wanted + rows
+    while (wanted > self._available).any():
       last = self._active[-1]
       if last is ready:
         # It can wait; it goes only if the others need its prompt pages.
-        assert ready.lengths is not None
-        wanted -= self._row_pages(ready.lengths)
+        wanted = wanted - rows
         ready = None
         continue
       if last.state is State.RUNNING:
-        wanted -= int(needs[last.slot])
+        wanted = wanted - needs[last.slot]
       self._preempt(last)
     return ready
+
+  def _rows_of(self, sequence: Sequence) -> Int[np.ndarray, " shards"]:
+    """Pages of its rows, now that they are known."""
+    assert sequence.settled is not None
+    return self._row_pages(sequence.settled.lengths)
 
   def _decode(
     self, step: RowStep, drops: Int[np.ndarray, "R B K"]
@@ -448,8 +509,9 @@ class Scheduler:
     slots = np.flatnonzero(active)
     if not slots.size:
       return None
-    count = int(step.new_page[:, active].sum())
-    new_pages = self.rows.take_step(step, active, self._allocate(count))
+    needs = (step.new_page > 0) & active[:, None]
+    where = np.broadcast_to(self._shard_of_row[:, None], needs.shape)[needs]
+    new_pages = self.rows.take_step(step, active, self._allocate(where))
     drops[:, ~active] = -1
     forced = np.full(active.size, -1, np.int32)
     emit = np.zeros(active.size, bool)
@@ -470,7 +532,7 @@ class Scheduler:
       drop=drops,
       forced=forced,
       emit=emit,
-      entries=self.rows.listed(active),
+      entries=self.rows.listed(active, self._shards),
     )
 
   def _known(self, sequence: Sequence) -> int:
@@ -495,10 +557,10 @@ class Scheduler:
     blocks = 0
     if self._uses_prompt_pages:
       blocks = num_pages(sequence.length, self.page_size) - shared
-    needs = self._heads * blocks
-    if self._policy.knows_lengths:
-      needs += self._row_pages(sequence.plan.lengths)
-    if needs + self._reserve(sequence) > self._available - idle:
+    needs = self._reserve(sequence) + self._heads * blocks // self._shards
+    if self._policy.places_early:
+      needs = needs + self._row_pages(sequence.plan.lengths)
+    if (needs > self._available - idle // self._shards).any():
       return None
     self._waiting.popleft()
     self._active.append(sequence)
@@ -510,27 +572,27 @@ class Scheduler:
     sequence.read = shared * self.page_size
     sequence.shared = shared
     if self._policy.knows_lengths:
-      sequence.lengths = sequence.plan.lengths
+      sequence.settled = sequence.plan
     if self._uses_prompt_pages:
       old = self.prefixes.take(sequence.blocks[:shared])
-      new = self._allocate(self._heads * blocks)
+      new = self._allocate(np.tile(self._shard_of_row.reshape(-1), blocks))
       pages = np.concatenate([*old, new]).reshape(-1, self._heads)
       sequence.prompt_pages = pages.T.reshape(*self.shape, shared + blocks)
     return self._read_on(sequence)
 
-  def _reserve(self, sequence: Sequence) -> int:
+  def _reserve(self, sequence: Sequence) -> Int[np.ndarray, " shards"]:
     """Pages to leave for others, so that a newcomer is not sent away at once.
 
     One page for each row that grows, and the rows of those who have none yet.
     Nothing if nobody else is active: the newcomer then fits.
     """
     if not self._active:
-      return 0
-    reserve = int((sequence.plan.rings == 0).sum())
+      return np.zeros(self._shards, int)
+    reserve = self._growing_rows(sequence.plan)
     for other in self._active:
-      reserve += int((other.plan.rings == 0).sum())
-      if other.state is State.SETTLING:
-        reserve += self._row_pages(other.plan.lengths)
+      reserve = reserve + self._growing_rows(other.settled or other.plan)
+      if other.state is State.SETTLING and not self._policy.places_early:
+        reserve = reserve + self._row_pages(other.plan.lengths)
     return reserve
 
   def _read_on(self, sequence: Sequence) -> Prefill | None:
@@ -540,10 +602,10 @@ class Scheduler:
     count = (left - 1) % size + 1  # Chunks end with the prompt.
     last = count == left
     row_pages = None
-    if last and sequence.lengths is not None:
-      if self._row_pages(sequence.lengths) > self._available:
+    if last and self._policy.places_early:
+      if (self._row_pages(sequence.plan.lengths) > self._available).any():
         return None
-      row_pages = self._place_rows(sequence)
+      row_pages = self._place_rows(sequence, sequence.plan)
     elif last:
       sequence.state = State.SETTLING
     emit = last and not sequence.scheduled

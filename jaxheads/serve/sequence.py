@@ -25,7 +25,7 @@ class Sequence:
 
   Attributes:
     request: As it came.
-    plan: Lengths and rings of its rows; lengths may be bounds.
+    plan: Lengths and rings of its rows; they may be bounds.
     blocks: Keys of the prompt's full pages, empty without prefix sharing.
     scheduled: Tokens that it was, or will be in the turns that have been
       given out, answered with; survives preemption.
@@ -35,7 +35,7 @@ class Sequence:
     read: Tokens of the prompt that are in prompt pages.
     prompt_pages: See `Prefill`.
     shared: How many of `blocks` came from the prefix cache.
-    lengths: Exact lengths of its rows, as soon as they are known.
+    settled: The plan with exact lengths, as soon as they are known.
     written: Generated tokens that its rows have taken.
     replay: Generated tokens that were known when it was admitted.
   """
@@ -50,7 +50,7 @@ class Sequence:
   read: int = 0
   prompt_pages: Int[np.ndarray, "R K n"] | None = None
   shared: int = 0
-  lengths: Int[np.ndarray, "R K"] | None = None
+  settled: Plan | None = None
   written: int = 0
   replay: int = 0
 

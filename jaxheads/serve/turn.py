@@ -26,7 +26,7 @@ class Prefill:
     count: Tokens to read.
     last: Whether they end the prompt: a token is sampled from the last one,
       and decoding may begin in the next turn.
-    plan: Lengths and rings of the rows.
+    plan: Lengths and rings of the rows; bounds, if its `rings_by_rank` is set.
     prompt_pages: Pages of the uncompressed prompt by head (not by row slot);
       `None` if the whole prompt is read at once.
     row_pages: Pages of the rows by row slot, 0 after a row's last; `None`

@@ -456,7 +456,8 @@ def _gather_residues(
     x, residues[None, None, None, None, :, None], axis=2, mode="clip"
   )[:, :, 0]
   own = own.reshape(B, places.shape[1], -1, K, H)
-  every = jax.lax.all_gather(own, "context", axis=1)
+  # Devices first: so XLA adds gradients up where they belong.
+  every = jax.lax.all_gather(own, "context").swapaxes(0, 1)
   return _in_order(every).reshape(B, -1, K, H)
 
 

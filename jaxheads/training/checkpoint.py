@@ -31,6 +31,7 @@ from jaxheads.data import load_tokenizer
 from jaxheads.errors import UserError
 from jaxheads.models import DecoderLM, ModelConfig
 from jaxheads.models.reorder import is_moved, reorder, source_path
+from jaxheads.training import distributed
 from jaxheads.training.run_folder import RunFolder, write_json
 from jaxheads.training.step import TrainState
 
@@ -59,7 +60,7 @@ class Restored:
 
 
 class Checkpointer:
-  """Writes the steps of one run.
+  """Writes the steps of one run; all processes of a job call it alike.
 
   Args:
     directory: Made if missing. Remains of interrupted saves are removed.
@@ -74,6 +75,7 @@ class Checkpointer:
     with _storage_errors(self._directory):
       self._directory.mkdir(parents=True, exist_ok=True)
       self._remove_partial()
+      distributed.everyone(None)  # Nobody looks before that is done.
       self._manager = ocp.CheckpointManager(
         self._directory,
         item_names=_ITEMS,
@@ -123,8 +125,9 @@ class Checkpointer:
       self._manager.wait_until_finished()
       if self._pending is not None:
         self._pending = None
-        for step in _superseded(self._directory, self._keep):
-          self._manager.delete(step)
+        if jax.process_index() == 0:
+          for step in _superseded(self._directory, self._keep):
+            self._remove(step)
 
   def close(self) -> None:
     """Waits, then ends the background threads."""
@@ -138,6 +141,12 @@ class Checkpointer:
           raise  # A failed save was told already; Orbax repeats it here.
       if self._failed:
         self._remove_partial()
+
+  def _remove(self, step: int) -> None:
+    """By one process alone: Orbax would wait for all, also for dead ones."""
+    doomed = self._directory / f"{step}{_TMP_SUFFIX}"
+    os.replace(self._directory / str(step), doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
 
   def _remove_partial(self) -> None:
     """Saves that were cut short are of no use, but take up room."""
@@ -156,8 +165,11 @@ class Checkpointer:
       raise
 
   def _write_manifest(self) -> None:
-    """Runs in the saving thread when all is written, before the rename."""
-    if self._pending is None or jax.process_index() != 0:
+    """Runs in the saving thread when all is written, before the rename.
+
+    Orbax calls it in process 0 only, after all processes have written.
+    """
+    if self._pending is None:
       return
     step, validation_loss = self._pending
     folder = self._directory / f"{step}{_TMP_SUFFIX}"
@@ -228,11 +240,12 @@ def restore_newest(
   """
   directory = directory.absolute()
   bad: list[tuple[int, str]] = []
-  for step in reversed(saved_steps(directory)):
-    try:
-      restored = _restore(directory / str(step), like, model_config)
-    except BadCheckpoint as error:
-      bad.append((step, str(error)))
+  for step in reversed(distributed.from_first(lambda: saved_steps(directory))):
+    restored, reason = _restore_together(
+      directory / str(step), like, model_config
+    )
+    if restored is None:
+      bad.append((step, reason))
       continue
     for bad_step, reason in bad:
       say(
@@ -324,10 +337,34 @@ def restore_model(
   )
 
 
+def _restore_together(
+  folder: pathlib.Path, like: TrainState, model_config: ModelConfig
+) -> tuple[Restored | None, str]:
+  """The step, or None and why one of the processes cannot use it."""
+  # One process reads all files; each of the others only its parts.
+  reason = distributed.from_first(lambda: _damage(folder))
+  restored = None
+  if not reason:
+    try:
+      restored = _restore(folder, like, model_config)
+    except BadCheckpoint as error:
+      reason = str(error)
+  reason = next(filter(None, distributed.everyone(reason)), "")
+  return (None if reason else restored), reason
+
+
+def _damage(folder: pathlib.Path) -> str:
+  """What `_check_files` finds, or ""."""
+  try:
+    _check_files(folder)
+  except BadCheckpoint as error:
+    return str(error)
+  return ""
+
+
 def _restore(
   folder: pathlib.Path, like: TrainState, model_config: ModelConfig
 ) -> Restored:
-  _check_files(folder)
   record, saved_config = _check_model(folder, model_config)
   arrays = _restore_arrays(
     folder,

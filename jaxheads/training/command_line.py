@@ -15,6 +15,7 @@ import tyro
 from jaxheads.errors import UserError
 from jaxheads.training import configfile, presets, run_folder
 from jaxheads.training.config import TrainConfig
+from jaxheads.training.distributed import Processes
 from jaxheads.training.run_folder import RunFolder
 
 _NEWEST = "newest"
@@ -43,6 +44,9 @@ class Command:
   """How devices share the work, such as data=2,fsdp=4: axes data and fsdp
   (sequences; fsdp also splits the parameters), context (tokens), heads.
   Default: all devices on fsdp."""
+  processes: Annotated[Processes, tyro.conf.arg(name="")] = dataclasses.field(
+    default_factory=Processes
+  )
   train: Annotated[TrainConfig, tyro.conf.arg(name="")] = dataclasses.field(
     default_factory=TrainConfig
   )
@@ -58,6 +62,7 @@ class Request:
     resume: Whether to continue what the folder holds.
     compile_cache: Folder for compiled programs, or None.
     mesh: As in `jaxheads.sharding.parse_mesh`.
+    processes: Of the job, as far as the flags say.
   """
 
   config: TrainConfig
@@ -65,6 +70,7 @@ class Request:
   resume: bool
   compile_cache: str | None
   mesh: str | None = None
+  processes: Processes = dataclasses.field(default_factory=Processes)
 
 
 def parse(
@@ -115,6 +121,7 @@ def parse(
     resume=first.resume is not None,
     compile_cache=command.compile_cache,
     mesh=command.mesh,
+    processes=command.processes,
   )
 
 

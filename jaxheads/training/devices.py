@@ -1,5 +1,6 @@
 """Batches and results on the mesh, and what devices there are."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -33,12 +34,63 @@ def put_batch(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, Any]:
   """This process's rows [local B, ...] as rows of global arrays.
 
   Devices that share sequences have all of their tokens: these are few bytes.
+
+  Args:
+    mesh: Of `jaxheads.sharding.make_mesh`.
+    batch: The rows that `rows_of_process` names, in its order.
   """
   sharding = NamedSharding(mesh, spec("batch"))
-  return {
-    name: jax.make_array_from_process_local_data(sharding, np.asarray(rows))
-    for name, rows in batch.items()
-  }
+  parts = batch_parts(mesh)
+  parts_here = len(rows_of_process(mesh, parts))
+
+  def put(rows: np.ndarray) -> jax.Array:
+    batch_size = len(rows) // parts_here * parts
+    places = {
+      row: place for place, row in enumerate(rows_of_process(mesh, batch_size))
+    }
+
+    def of_device(index: Any) -> np.ndarray:
+      start, stop, _ = index[0].indices(batch_size)
+      return rows[places[start] : places[start] + stop - start]
+
+    return jax.make_array_from_callback(
+      (batch_size, *rows.shape[1:]), sharding, of_device
+    )
+
+  return {name: put(np.asarray(rows)) for name, rows in batch.items()}
+
+
+def rows_of_process(
+  mesh: Mesh, batch_size: int, *, shared: bool = True
+) -> tuple[int, ...]:
+  """Which rows of a global batch this process must read, in ascending order.
+
+  Processes whose devices hold other heads or tokens of the same sequences read
+  the same rows.
+
+  Args:
+    mesh: Of `jaxheads.sharding.make_mesh`.
+    batch_size: Rows of the global batch, a multiple of `batch_parts`.
+    shared: False leaves out rows that a process of a lower number reads too,
+      so that each row is one process's.
+  """
+  rows = _rows_by_process(mesh, batch_size)
+  me = jax.process_index()
+  if shared:
+    return rows[me]
+  taken = {row for process in range(me) for row in rows.get(process, ())}
+  return tuple(row for row in rows[me] if row not in taken)
+
+
+@functools.lru_cache
+def _rows_by_process(mesh: Mesh, batch_size: int) -> dict[int, tuple[int, ...]]:
+  held: dict[int, set[int]] = {}
+  placed = NamedSharding(mesh, spec("batch"))
+  where: Any = placed.devices_indices_map((batch_size,))
+  for device, index in where.items():
+    rows = range(*index[0].indices(batch_size))
+    held.setdefault(device.process_index, set()).update(rows)
+  return {process: tuple(sorted(rows)) for process, rows in held.items()}
 
 
 def on_one_device(mesh: Mesh, tree: Any) -> Any:

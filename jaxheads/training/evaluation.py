@@ -2,18 +2,23 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jaxtyping import Float
 
-from jaxheads.data import Corpus, Tokenizer, bits_per_byte, make_loader
-from jaxheads.training import devices
+from jaxheads.data import (
+  Batch,
+  Corpus,
+  Tokenizer,
+  bits_per_byte,
+  make_loader,
+)
+from jaxheads.training import devices, distributed
 from jaxheads.training.figures import token_classes
 from jaxheads.training.step import TrainState, make_eval_step
 
@@ -69,16 +74,18 @@ class Evaluator:
     self._mesh = mesh
     self._tokenizer = tokenizer
     self._num_batches = num_batches
-    self._make_loader = lambda: make_loader(
+    self._batch_size = batch_size
+    self._make_loader = lambda rows: make_loader(
       corpus.validation,
       seq_len=seq_len,
       batch_size=batch_size,
       seed=_ORDER_SEED,
       shuffle=num_batches > 0,
       num_epochs=1,
+      rows=rows,
       name="the validation text",
     )
-    self._make_loader().close()  # Too little text is told before training.
+    self._make_loader(None).close()  # Too little text is told before training.
 
   def __call__(
     self, state: TrainState, *, should_stop: Callable[[], bool] = lambda: False
@@ -86,27 +93,35 @@ class Evaluator:
     """The validation loss; None if `should_stop` became true on the way."""
     sums = []
     num_bytes = 0
-    for batch in self.batches():
+    rows = devices.rows_of_process(self._mesh, self._batch_size)
+    # What processes share is counted once.
+    counted = np.isin(
+      rows, devices.rows_of_process(self._mesh, self._batch_size, shared=False)
+    )
+    for batch in self._read(rows):
       if should_stop():
         return None
       placed = devices.put_batch(self._mesh, batch)
       sums.append(self._step(state.params, state.rest, placed))
-      num_bytes += self._tokenizer.num_bytes(batch["targets"][batch["mask"]])
+      real = batch["mask"] & counted[:, None]
+      num_bytes += self._tokenizer.num_bytes(batch["targets"][real])
       if len(sums) > 2:
         jax.block_until_ready(sums[-3])  # Do not run ahead of the devices.
     nats = math.fsum(float(total) for total, _ in sums)
     tokens = sum(int(count) for _, count in sums)
-    # Every process sees only its own rows.
-    num_bytes = int(multihost_utils.process_allgather(num_bytes).sum())
+    num_bytes = sum(distributed.everyone(num_bytes))
     return Evaluation(
       loss=nats / tokens,
       bits_per_byte=bits_per_byte(nats, max(num_bytes, 1)),
       num_tokens=tokens,
     )
 
-  def batches(self) -> Any:
-    """This process's rows of each batch."""
-    loader = self._make_loader()
+  def batches(self) -> Iterator[Batch]:
+    """The batches, whole, in every process."""
+    return self._read(None)
+
+  def _read(self, rows: Sequence[int] | None) -> Iterator[Batch]:
+    loader = self._make_loader(rows)
     try:
       for index, batch in enumerate(loader):
         if self._num_batches and index >= self._num_batches:

@@ -7,14 +7,12 @@ from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
 
 import jax
-import numpy as np
 from flax import nnx
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from jaxheads.errors import UserError
 from jaxheads.models import ModelConfig
-from jaxheads.training import devices, optimizer, signals
+from jaxheads.training import devices, distributed, optimizer, signals
 from jaxheads.training.checkpoint import (
   Checkpointer,
   restore_newest,
@@ -159,7 +157,9 @@ def fit(
       reporter.say(f"{name}: continuing after step {step}")
   log = _Log(run, config, resume_step=step if resume else None)
   checkpointer = Checkpointer(run.checkpoints, keep=config.checkpoint.keep)
-  saved = max(saved_steps(run.checkpoints), default=0)
+  saved = distributed.from_first(
+    lambda: max(saved_steps(run.checkpoints), default=0)
+  )
 
   def save() -> None:
     nonlocal saved
@@ -239,12 +239,10 @@ class _Log:
     # Step to validation loss. The file knows it, so that a run that was
     # stopped between two records repeats none and leaves none out.
     self.validated: dict[int, float] = {}
-    if resume_step is not None and run.metrics_file.exists():
-      self.validated = {
-        record["step"]: record["validation_loss"]
-        for record in read_metrics(run.metrics_file)
-        if "validation_loss" in record and record["step"] <= resume_step
-      }
+    if resume_step is not None:
+      self.validated = dict(
+        distributed.from_first(lambda: _validations(run, resume_step))
+      )
 
   def flush(self, show: Callable[[int, float, float], None]) -> None:
     """Writes the pending step; waits until the devices have finished it.
@@ -286,6 +284,17 @@ class _Log:
       self._writer.close()
 
 
+def _validations(run: RunFolder, until: int) -> list[tuple[int, float]]:
+  """Step and validation loss, as far as a run has recorded them."""
+  if not run.metrics_file.exists():
+    return []
+  return [
+    (record["step"], record["validation_loss"])
+    for record in read_metrics(run.metrics_file)
+    if "validation_loss" in record and record["step"] <= until
+  ]
+
+
 def _explain(error: _NotFinite, run: RunFolder) -> str:
   steps = saved_steps(run.checkpoints)
   kept = (
@@ -301,8 +310,6 @@ def _explain(error: _NotFinite, run: RunFolder) -> str:
 
 def _agree(stop: signals.StopRequest, step: int) -> bool:
   """Whether to stop, the same answer in every process of the job."""
-  if jax.process_count() == 1:
-    return bool(stop)
-  if step % _AGREE_EVERY_STEPS:
+  if distributed.num_processes() > 1 and step % _AGREE_EVERY_STEPS:
     return False
-  return bool(np.any(multihost_utils.process_allgather(np.array(bool(stop)))))
+  return any(distributed.everyone(bool(stop)))

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import pathlib
+import platform
 import sys
 import time
 from collections.abc import Iterator
@@ -14,7 +15,15 @@ from jaxheads.errors import UserError
 from jaxheads.models import ModelConfig
 from jaxheads.moh import explain_execution
 from jaxheads.sharding import MeshShape, parse_mesh, placement
-from jaxheads.training import artefacts, console, devices, exchange, signals
+from jaxheads.training import (
+  artefacts,
+  console,
+  devices,
+  distributed,
+  exchange,
+  run_folder,
+  signals,
+)
 from jaxheads.training.checkpoint import quiet_storage, storage_reason
 from jaxheads.training.command_line import Request
 from jaxheads.training.config import TrainConfig
@@ -25,7 +34,7 @@ from jaxheads.training.run_folder import RunFolder
 
 
 def run_job(request: Request) -> None:
-  """Does what the request asks for.
+  """Does what the request asks for, with the other processes of its job.
 
   Raises:
     UserError: A mistake of the user, a full disk, a loss that is not finite.
@@ -34,9 +43,33 @@ def run_job(request: Request) -> None:
   if request.compile_cache is not None:
     jax.config.update("jax_compilation_cache_dir", request.compile_cache)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
-  reporter = Reporter()
-  with told(reporter, request.run.path, resume=f"--resume {request.run.path}"):
-    _run(request, reporter)
+  with distributed.joined(request.processes):
+    if distributed.num_processes() > 1:
+      request = _agreed(request)
+    reporter = Reporter()
+    path = request.run.path
+    with told(reporter, path, resume=f"--resume {path}"):
+      _run(request, reporter)
+
+
+def _agreed(request: Request) -> Request:
+  """The request, if all processes have the same; in process 0's folder.
+
+  The default folder's name holds the time.
+  """
+  distributed.agree(
+    {
+      **distributed.as_flags(request.config.to_dict()),
+      "`--mesh`": request.mesh,
+      "`--resume`": request.resume,
+      "the number of devices of a process": jax.local_device_count(),
+      "their kind": jax.local_devices()[0].device_kind,
+      "Python": platform.python_version(),
+      **run_folder.versions(),
+    }
+  )
+  path = distributed.from_first(lambda: str(request.run.path.absolute()))
+  return dataclasses.replace(request, run=RunFolder(pathlib.Path(path)))
 
 
 @contextlib.contextmanager
@@ -134,7 +167,9 @@ def _run(request: Request, reporter: Reporter) -> None:
         ),
         model_config.dense(),
         run.baseline,
-        request.resume and run.baseline.holds_run,
+        distributed.from_first(
+          lambda: request.resume and run.baseline.holds_run
+        ),
         corpus,
         tokenizer,
         reporter,
@@ -190,6 +225,7 @@ def _train_one(
       run.create(config, model_config)
     else:
       _note_changes(run, config, model_config, reporter)
+  run.check_shared()
   return train(
     config,
     model_config,

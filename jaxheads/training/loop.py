@@ -12,7 +12,13 @@ from jaxheads.errors import UserError
 from jaxheads.models import DecoderLM, ModelConfig
 from jaxheads.sharding import MeshShape
 from jaxheads.sharding.placement import place_on
-from jaxheads.training import artefacts, devices, exchange, signals
+from jaxheads.training import (
+  artefacts,
+  devices,
+  distributed,
+  exchange,
+  signals,
+)
 from jaxheads.training.config import TrainConfig
 from jaxheads.training.console import Reporter
 from jaxheads.training.evaluation import Evaluator
@@ -35,7 +41,8 @@ def train(
   """Trains one model on all devices and returns its final figures.
 
   Everything the numbers depend on is in `config`, `model_config` and the
-  corpus; a resumed run continues bit for bit where the last checkpoint was.
+  corpus; a resumed run continues bit for bit where the last checkpoint was (on
+  another mesh or number of processes, up to rounding).
 
   Args:
     config: Steps, batches, optimizer and intervals; its `model` and
@@ -55,12 +62,20 @@ def train(
     What summary.json holds.
 
   Raises:
-    UserError: The sizes do not fit, the checkpoint is of another model, the
-      disk is full, or the loss is not finite.
+    UserError: The sizes do not fit, the processes have other texts, the
+      checkpoint is of another model, the disk is full, or the loss is not
+      finite.
     Interrupted: SIGTERM or Ctrl-C came; the state is saved.
   """
   mesh = check_sizes(config, model_config, mesh_shape)
   placed_config = place_on(mesh, model_config, config.seq_len)
+  if distributed.num_processes() > 1:
+    distributed.agree(
+      {
+        "the training text": distributed.fingerprint(corpus.train),
+        "the validation text": distributed.fingerprint(corpus.validation),
+      }
+    )
 
   def make_data(
     graphdef: nnx.GraphDef[Any], mesh: Mesh
@@ -70,6 +85,7 @@ def train(
       seq_len=config.seq_len,
       batch_size=config.batch_size,
       seed=config.seed,
+      rows=devices.rows_of_process(mesh, config.batch_size),
       name="the training text",
     )
     return loader, Evaluator(

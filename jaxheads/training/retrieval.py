@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import matplotlib
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float
 from matplotlib.figure import Figure
 
@@ -77,7 +77,7 @@ class Retrieval:
     samples: int,
     stage_at: Callable[[int], Stage],
   ) -> None:
-    self._answers = _make_answers(graphdef)
+    self._answers = _make_answers(graphdef, mesh)
     self._tokens_per_batch = tokens_per_batch
     self._mesh = mesh
     self._samples = samples
@@ -132,7 +132,10 @@ class Retrieval:
       batch = needle_batch(examples, answer_tokens=task.answer_tokens(length))
       # Of earlier questions the answers are given.
       batch["mask"][:, : length - 1] = False
-      batch = devices.put_batch(self._mesh, batch)
+      mine = list(devices.rows_of_process(self._mesh, rows))
+      batch = devices.put_batch(
+        self._mesh, {name: values[mine] for name, values in batch.items()}
+      )
       right, row_nats = self._answers(state.params, state.rest, batch)
       exact += float(np.asarray(right)[:wanted].sum())
       nats += float(np.asarray(row_nats)[:wanted].sum())
@@ -192,6 +195,7 @@ def retrieval_data(
       tokens_per_step=tokens_per_step,
       seed=seed,
       row_multiple=devices.batch_parts(mesh),
+      rows_of=lambda rows: devices.rows_of_process(mesh, rows),
     )
     return batches, Retrieval(
       graphdef,
@@ -204,10 +208,11 @@ def retrieval_data(
   return make_data
 
 
-def _make_answers(graphdef: nnx.GraphDef[Any]) -> Callable[..., Any]:
+def _make_answers(
+  graphdef: nnx.GraphDef[Any], mesh: Mesh
+) -> Callable[..., Any]:
   """The compiled (params, rest, batch) to (exact, mean nats), both [B]."""
 
-  @jax.jit
   def answers(params: Any, rest: Any, batch: Any) -> tuple[Any, Any]:
     model = nnx.merge(graphdef, params, rest)
     logits = model(batch["tokens"], deterministic=True)
@@ -217,7 +222,8 @@ def _make_answers(graphdef: nnx.GraphDef[Any]) -> Callable[..., Any]:
     mean = jnp.mean(nats, axis=1, where=mask)
     return jnp.all(right | ~mask, axis=1), mean
 
-  return answers
+  # Every process reads the answers of all.
+  return jax.jit(answers, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
 
 def plot_retrieval(

@@ -6,12 +6,16 @@ import importlib.metadata
 import json
 import os
 import pathlib
+import time
 from typing import Any
 
 from jaxheads.errors import UserError
 from jaxheads.models import ModelConfig
-from jaxheads.training import configfile
+from jaxheads.training import configfile, distributed
 from jaxheads.training.config import TrainConfig
+
+# Network storage may remember for a while that a file is not there.
+_SHARED_WITHIN_S = 40.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +86,18 @@ class RunFolder:
         "choose another folder"
       ) from error
 
+  def check_shared(self) -> None:
+    """`UserError` unless every process sees the folder that process 0 made."""
+    distributed.everyone(None)
+    deadline = time.monotonic() + _SHARED_WITHIN_S
+    while not self.holds_run:
+      if time.monotonic() > deadline:
+        raise UserError(
+          f"{self.path} is not on storage that all processes share; choose a "
+          "folder that is with `--out`"
+        )
+      time.sleep(1.0)
+
   def record(self, config: TrainConfig, model_config: ModelConfig) -> None:
     """Writes config.json."""
     write_json(
@@ -89,10 +105,7 @@ class RunFolder:
       {
         "train": config.to_dict(),
         "model": model_config.to_dict(),
-        "versions": {
-          name: importlib.metadata.version(name)
-          for name in ("jax", "flax", "optax", "orbax-checkpoint")
-        },
+        "versions": versions(),
       },
     )
 
@@ -114,6 +127,14 @@ class RunFolder:
       raise UserError(
         f"{self.config_file} cannot be read ({reason}); start a new run"
       ) from error
+
+
+def versions() -> dict[str, str]:
+  """Of the libraries that numbers and files depend on."""
+  return {
+    name: importlib.metadata.version(name)
+    for name in ("jax", "flax", "optax", "orbax-checkpoint")
+  }
 
 
 def default_path(

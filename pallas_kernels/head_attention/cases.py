@@ -6,7 +6,8 @@ row's keys together from several places: the softmax is over all of them.
 """
 
 import functools
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -191,8 +192,7 @@ def _attend(branches: tuple[_Branch, ...], arrays: _Arrays) -> Array:
 def _attend_fwd(
   branches: tuple[_Branch, ...], arrays: _Arrays
 ) -> tuple[Array, tuple[_Arrays, Array, Array]]:
-  runs = [functools.partial(_forward, branch) for branch in branches]
-  out, lse = jax.lax.switch(arrays.branch, runs, arrays)
+  out, lse = _choose(_forward, branches, arrays)
   return out, (arrays, out, lse)
 
 
@@ -201,13 +201,31 @@ def _attend_bwd(
   residuals: tuple[_Arrays, Array, Array],
   d_out: Array,
 ) -> tuple[_Arrays]:
-  runs = [functools.partial(_backward, branch) for branch in branches]
-  dq, d_sources = jax.lax.switch(residuals[0].branch, runs, *residuals, d_out)
+  dq, d_sources = _choose(_backward, branches, *residuals, d_out)
   # Integers have no gradients.
   return (_Arrays(dq, d_sources, None, None, None),)  # type: ignore[arg-type]
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)
+
+
+def _choose(
+  run: Callable[..., Any],
+  branches: tuple[_Branch, ...],
+  arrays: _Arrays,
+  *others: Array,
+) -> Any:
+  """`run` of the branch that `arrays` names."""
+  if len(branches) == 1:
+    return run(branches[0], arrays, *others)
+
+  def one(branch: _Branch, *operands: Any) -> Any:
+    # Without the barrier XLA moves conversions out of some branches only, and
+    # its TPU compiler then refuses the result (libtpu 0.0.42).
+    return jax.lax.optimization_barrier(run(branch, *operands))
+
+  runs = [functools.partial(one, branch) for branch in branches]
+  return jax.lax.switch(arrays.branch, runs, arrays, *others)
 
 
 def _forward(branch: _Branch, arrays: _Arrays) -> tuple[Array, Array]:

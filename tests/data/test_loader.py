@@ -4,7 +4,6 @@ import threading
 
 import hypothesis
 import hypothesis.strategies as st
-import jax
 import numpy as np
 import pytest
 
@@ -114,31 +113,23 @@ def test_resumes_after_the_last_batch_and_can_start_over():
   assert next(loader, None) is None
 
 
-@hypothesis.given(settings(), st.sampled_from([1, 2, 4]), st.booleans())
-def test_processes_together_make_the_global_batch(kw, count, endless):
+@hypothesis.given(settings(), st.data(), st.booleans())
+def test_rows_are_those_of_the_global_batch(kw, data, endless):
   num_epochs = None if endless else 2
+  rows = sorted(
+    data.draw(st.sets(st.sampled_from(range(kw["batch_size"])), min_size=1))
+  )
   whole = _take(make_loader(**kw, num_epochs=num_epochs), 12)
-  shares = [
-    _take(
-      make_loader(
-        **kw, num_epochs=num_epochs, process_index=index, process_count=count
-      ),
-      12,
-    )
-    for index in range(count)
-  ]
-  together = [
-    {key: np.concatenate([part[key] for part in parts]) for key in KEYS}
-    for parts in zip(*shares, strict=True)
-  ]
-  _assert_equal(together, whole)
+  some = _take(make_loader(**kw, num_epochs=num_epochs, rows=rows), 12)
+  expected = [{key: batch[key][rows] for key in KEYS} for batch in whole]
+  _assert_equal(some, expected)
 
 
-def test_position_fits_another_number_of_processes():
+def test_position_fits_other_rows():
   kw = {"tokens": np.arange(100), "seq_len": 3, "batch_size": 4, "seed": 1}
   one = make_loader(**kw)
   _take(one, 5)
-  half = make_loader(**kw, process_index=1, process_count=2)
+  half = make_loader(**kw, rows=[2, 3])
   half.set_state(one.get_state())
   np.testing.assert_array_equal(next(half)["tokens"], next(one)["tokens"][2:])
 
@@ -184,19 +175,14 @@ def test_without_shuffling_the_text_comes_in_order():
   assert batches[1]["mask"].tolist() == [[True] * 3, [False] * 3]
 
 
-def test_defaults_shuffle_without_end_on_this_process():
+def test_defaults_shuffle_without_end_and_read_all_rows():
   loader = make_loader(np.arange(9), seq_len=2, batch_size=4)
   assert loader.num_steps is None
   starts = _firsts(_take(loader, 50))
   assert len(starts) == 200  # Four windows an epoch, hence fifty epochs.
   assert len({tuple(starts[i : i + 4]) for i in range(0, 200, 4)}) > 5
   asked = make_loader(
-    np.arange(9),
-    seq_len=2,
-    batch_size=4,
-    seed=0,
-    process_index=jax.process_index(),
-    process_count=jax.process_count(),
+    np.arange(9), seq_len=2, batch_size=4, seed=0, rows=range(4)
   )
   assert _firsts(_take(asked, 50)) == starts
 
@@ -240,12 +226,8 @@ GOOD = {"tokens": np.arange(100), "seq_len": 4, "batch_size": 4, "seed": 0}
     ({"batch_size": 0}, UserError, "`batch_size` must be at least 1"),
     ({"seed": -1}, UserError, "`seed` must be at least 0"),
     ({"num_epochs": 0}, UserError, "`num_epochs` must be at least 1"),
-    (
-      {"process_index": 0, "process_count": 3},
-      UserError,
-      "`batch_size` must be a multiple of the number of processes.*4 and 3",
-    ),
-    ({"process_index": 2, "process_count": 2}, ValueError, "process_index"),
+    ({"rows": [3, 4]}, ValueError, "`rows` must ascend and be in .0, 4.*3, 4"),
+    ({"rows": [1, 0]}, ValueError, "`rows` must ascend"),
   ],
 )
 def test_bad_arguments(change, error, message):

@@ -20,6 +20,8 @@ from tests.models.builders import ROUTED, small_config, small_model
 
 ROOT = pathlib.Path(__file__).parents[2]
 SCRIPT = ROOT / "experiments" / "serve.py"
+# The last one counts.
+COUNT = "--xla_force_host_platform_device_count"
 CONFIG = small_config(
   ROUTED, None, vocab_size=ByteTokenizer.vocab_size, max_seq_len=256
 )
@@ -45,14 +47,15 @@ def runs(tmp_path_factory):
 
 
 @contextlib.contextmanager
-def serving(runs, *options):
-  """The script as a process; it and a client."""
+def serving(runs, *options, devices=1):
+  """The script as a process, on so many devices; it and a client."""
+  flags = os.environ["XLA_FLAGS"] + f" {COUNT}={devices}"
   process = subprocess.Popen(
     [
       *(sys.executable, SCRIPT, "--runs", runs, "--port", "0"),
       *("--max-batch", "2", *options),
     ],
-    env=os.environ | {"PYTHONPATH": str(ROOT)},
+    env=os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": flags},
     stderr=subprocess.PIPE,
     text=True,
   )
@@ -121,6 +124,21 @@ def test_killed_in_mid_stream_and_started_again(runs, tmp_path, monkeypatch):
   assert fingerprint(runs) == before
 
 
+@pytest.mark.exhaustive
+def test_replicas_of_two_devices(runs):
+  ask = dict(
+    model="train_moh-1", prompt="x" * 20, max_tokens=6, n=4, temperature=0
+  )
+  with serving(runs) as (process, client):
+    want = client.completions.create(**ask).choices[0].text
+  mesh = ("--mesh", "data=2,heads=2")
+  with serving(runs, *mesh, devices=4) as (process, client):
+    answer = client.completions.create(**ask)
+    assert [choice.text for choice in answer.choices] == [want] * 4
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 0
+
+
 @pytest.mark.parametrize(
   ("arguments", "message"),
   [
@@ -128,6 +146,15 @@ def test_killed_in_mid_stream_and_started_again(runs, tmp_path, monkeypatch):
     (["--policy", "magic"], "`policy` must be one of"),
     (["--budget", "0"], "`budget` must be in (0, 1]"),
     (["--max-length", "1000"], "`max_length` must be in [2, 256]"),
+    (["--mesh", "heads=4"], "heads=4 does not divide the model's 2"),
+    (["--mesh", "heads=3"], "heads=2 fits: `--mesh heads=2`"),
+    (["--mesh", "data=2"], "fsdp must be 1 to serve, got 4 (the devices that"),
+    (
+      ["--mesh", "data=4,context=2"],
+      "context must be 1 to serve, got 2: a turn",
+    ),
+    (["--mesh", "context=2"], "the nearest is `--mesh data=8,heads=1`"),
+    (["--mesh", "rows=2"], "of data, fsdp, context, heads; got 'rows=2'"),
     (["--port", "70000"], "`--port` must be in [0, 65535]"),
     (["--host", "203.0.113.1"], "cannot listen there"),
     (["--preset", "magic", "--runs", "{runs}/none"], "`--preset` has no"),

@@ -146,11 +146,11 @@ def test_dense_is_the_same_model_without_routers():
 
 
 def test_runs_join_neighbours_of_equal_plan_only():
-  assert small_config(*MIXED).runs[1] == (ROUTED, None, 2)
+  assert small_config(*MIXED).runs[1] == (ROUTED, None, None, 2)
   assert small_config(ROUTED, None, ROUTED).runs == (
-    (ROUTED, None, 1),
-    (None, None, 1),
-    (ROUTED, None, 1),
+    (ROUTED, None, None, 1),
+    (None, None, None, 1),
+    (ROUTED, None, None, 1),
   )
 
 

@@ -73,10 +73,10 @@ def test_runs_join_layers_of_equal_plan_and_context():
     (STRIDED, STRIDED, STRIDED, None, None),
   )
   assert config.runs == (
-    (None, STRIDED, 2),
-    (ROUTED, STRIDED, 1),
-    (ROUTED, None, 1),
-    (None, None, 1),
+    (None, STRIDED, None, 2),
+    (ROUTED, STRIDED, None, 1),
+    (ROUTED, None, None, 1),
+    (None, None, None, 1),
   )
 
 

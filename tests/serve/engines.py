@@ -69,8 +69,18 @@ class Watched:
   of them shows it.
   """
 
-  def __init__(self, model, policy=None, config=SMALL, budget=1.0, poison=True):
-    self.engine = Engine(model, policy=policy, budget=budget, config=config)
+  def __init__(
+    self,
+    model,
+    policy=None,
+    config=SMALL,
+    budget=1.0,
+    poison=True,
+    mesh=None,
+  ):
+    self.engine = Engine(
+      model, policy=policy, budget=budget, config=config, mesh=mesh
+    )
     self.scheduler = self.engine._scheduler
     self.device = self.engine._device
     self.events = {}
@@ -120,7 +130,8 @@ class Watched:
     """Host and device agree on all rows."""
     host = self.scheduler.rows
     mine = jax.device_get(self.device._state.rows)
-    owned = np.zeros(self.scheduler.allocator.num_pages + 1, np.int32)
+    allocator = self.scheduler.allocator
+    owned = np.zeros(allocator.owners.size, np.int32)
     for sequence in self.scheduler._active:
       if sequence.prompt_pages is not None:
         np.add.at(owned, sequence.prompt_pages.reshape(-1), 1)
@@ -134,7 +145,8 @@ class Watched:
       at = np.arange(host.pages.shape[-1])
       held = at < -(-host.lengths[:, slot, :, None] // PAGE)
       np.testing.assert_array_equal(
-        np.where(held, mine.pages[:, slot], 0), host.pages[:, slot]
+        np.where(held, mine.pages[:, slot], 0),
+        allocator.local(host.pages[:, slot]),
       )
       assert (host.pages[:, slot][held] > 0).all()
       np.add.at(owned, host.pages[:, slot][held], 1)
@@ -150,9 +162,8 @@ class Watched:
           mine.head_of_slot[drop, slot], plan.heads[drop]
         )
     # Only prompts may share pages, and nobody owns what is free.
-    owners = self.scheduler.allocator.owners
-    assert (owned <= owners).all()
-    assert owned[0] == 0
+    assert (owned <= allocator.owners).all()
+    assert not owned[:: allocator.pages_per_shard].any()
 
   def poison(self):
     state = self.device._state

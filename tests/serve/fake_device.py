@@ -9,6 +9,8 @@ import zlib
 
 import numpy as np
 
+from jaxheads.kvcache.by_shard import ByShard
+
 
 def answer(request_id, index):
   """Token `index` of the answer to a request."""
@@ -16,11 +18,15 @@ def answer(request_id, index):
 
 
 class FakeDevice:
-  def __init__(self, shape, page_size, num_pages, max_batch, policy, chunk):
+  def __init__(
+    self, shape, page_size, num_pages, max_batch, policy, chunk, shards=1
+  ):
     self.shape, self.page, self.policy, self.chunk = (
       shape, page_size, policy, chunk,
     )  # fmt: skip
     self.cells = np.full((num_pages, page_size), -1, np.int64)
+    self.shards = shards
+    self.truth = {}  # Lengths, heads and rings of rows found, by request.
     self.rows = [None] * max_batch  # Of a slot: [R][K] of _Row.
     self.reading = {}  # Tokens read, by slot.
     self.last = [None] * max_batch  # (id, index) sampled last, by slot.
@@ -67,16 +73,68 @@ class FakeDevice:
       self._read_chunk(part, end, length)
     assert part.last == (end == length)
     assert not (part.emit and not part.last)
+    if part.last and not self.policy.knows_lengths:
+      found.append((request.id, *self._found(part, length)))
     if part.row_pages is not None:
-      assert part.last
-      self._fill_rows(slot, part.plan, part.row_pages)
+      assert part.last and self.policy.places_early
+      plan, row_pages = part.plan, part.row_pages
+      if not self.policy.knows_lengths:
+        lengths, rings = self.truth[request.id]
+        # There is a page for all that is allowed.
+        held = -(-plan.lengths // self.page)[..., None]
+        at = np.arange(row_pages.shape[-1])
+        assert ((row_pages > 0) == (at < held)).all()
+        plan = plan._replace(lengths=lengths, rings=rings)
+        used = -(-lengths // self.page)[..., None]
+        row_pages = np.where(at < used, row_pages, 0)
+      self._fill_rows(slot, plan, row_pages)
     elif part.last:
-      assert not self.policy.knows_lengths
-      found.append((request.id, self.policy.found(part.plan, length)))
+      assert not self.policy.places_early
     if part.last:
       self.names[slot] = request.id
       self.written[slot] = 0
       self.last[slot] = self._sampled(request.id, 0, part.emit, new)
+
+  def _found(self, part, length):
+    """Lengths, and heads where these are asked for, of each row slot."""
+    if not isinstance(self.policy, ByShard):
+      return self.policy.found(part.plan, length), None
+    inner, request = self.policy.policy, part.request
+    plan = inner.plan(length, request.budget or 1.0, self.shape)
+    lengths = plan.lengths
+    if not inner.knows_lengths:
+      lengths = inner.found(plan, length)
+    # Any head may be the one that keeps most.
+    rng = np.random.default_rng([length, len(request.id)])
+    order = rng.permuted(
+      np.broadcast_to(np.arange(self.shape[1]), self.shape), axis=1
+    )
+    by_head, rings = [], []
+    for many, mine, rank in zip(lengths, plan.rings, order, strict=True):
+      by_head.append(many[rank])
+      # Among equals, the lowest head comes first.
+      ranked = sorted(range(len(rank)), key=lambda h, m=many[rank]: (-m[h], h))
+      rings.append([mine[ranked.index(head)] for head in range(len(rank))])
+    by_head, rings = np.array(by_head), np.array(rings)
+    each = self.shape[1] // self.shards
+    heads = np.array(
+      [
+        [
+          head
+          for shard in range(self.shards)
+          for head in sorted(
+            range(shard * each, (shard + 1) * each),
+            key=lambda h, row=row: (-row[h], h),
+          )
+        ]
+        for row in by_head
+      ]
+    )
+    lengths, rings = (
+      np.take_along_axis(x, heads, axis=1) for x in (by_head, rings)
+    )
+    self.truth[request.id] = lengths, rings
+    return lengths, heads
 
   def _read_chunk(self, part, end, length):
     size = self.chunk or length
@@ -104,9 +162,14 @@ class FakeDevice:
     assert (cells[..., : labels.shape[-1]] == labels).all(), "prompt pages"
 
   def _compact(self, part, new, found):
+    assert not self.policy.places_early
     labels = self._prompt_labels(part.request)
     self._check_prompt(part.prompt_pages, labels)
     assert self.names[part.slot] == part.request.id
+    if part.request.id in self.truth:
+      lengths, rings = self.truth[part.request.id]
+      assert (part.plan.lengths == lengths).all()
+      assert (part.plan.rings == rings).all()
     self._fill_rows(part.slot, part.plan, part.row_pages)
 
   def _fill_rows(self, slot, plan, row_pages):
@@ -126,7 +189,8 @@ class FakeDevice:
     assert (part.new_pages[:, idle] == 0).all()
     assert (part.drop[:, idle] == -1).all()
     assert (part.forced[idle] == -1).all() and not part.emit[idle].any()
-    entries = [0] * self.shape[0]
+    entries = np.zeros((self.shape[0], self.shards), int)
+    each = self.shape[1] // self.shards
     for slot, name in zip(part.slots, part.requests, strict=True):
       assert self.names[slot] == name, "decoded without a prompt"
       written = self.written[slot]
@@ -139,10 +203,10 @@ class FakeDevice:
         row.step(
           written, int(part.drop[r, slot, k]), int(part.new_pages[r, slot, k])
         )
-        entries[r] += len(row.pages)
+        entries[r, k // each] += len(row.pages)
       self.written[slot] += 1
       self.last[slot] = self._sampled(name, written + 1, part.emit[slot], new)
-    assert part.entries == max(entries)
+    assert part.entries == entries.max()
 
 
 class _Row:

@@ -95,11 +95,14 @@ class FakeEngine:
     self._waiting: collections.deque[Request] = collections.deque()
     self._running: dict[str, _Running] = {}
 
-  def submit(self, request: Request) -> None:
+  def check(self, request: Request) -> None:
     if request.budget is not None and not 0 < request.budget <= 1:
       raise ValueError(f"`budget` must be in (0, 1], got {request.budget}.")
     if len(request.prompt) + request.params.max_tokens > self.context:
       raise ValueError("`prompt` is too long.")
+
+  def submit(self, request: Request) -> None:
+    self.check(request)
     if len(self._waiting) >= self.queue:
       raise QueueFull
     self.submitted.append(request)

@@ -14,7 +14,8 @@ class Uneven:
   seed: int
   window: int
   rings: bool = True
-  knows_lengths = True
+  knows_lengths = places_early = True
+  knows_heads = False
 
   def plan(self, length, budget, shape):
     rng = np.random.default_rng([self.seed, length, int(1e6 * budget)])
@@ -34,7 +35,7 @@ class Uneven:
 class Late(Uneven):
   """Tells bounds; `found` is what the device will find."""
 
-  knows_lengths = False
+  knows_lengths = places_early = False
 
   def found(self, plan, length):
     rng = np.random.default_rng([self.seed, length, 1])
@@ -49,7 +50,8 @@ class Full:
   """Everything, as the full cache does."""
 
   window: int = 1
-  knows_lengths = True
+  knows_lengths = places_early = True
+  knows_heads = True
 
   def plan(self, length, budget, shape):
     lengths = np.full(shape, length, np.int32)
@@ -66,7 +68,8 @@ class Blocks:
   page_size: int
   window: int = 1
   sinks: int = 1
-  knows_lengths = True
+  knows_lengths = places_early = True
+  knows_heads = True  # Row j is head j's.
 
   def _most(self, shape):
     """Full pages that a row keeps when a token begins a page, [R, K]."""

@@ -185,7 +185,7 @@ def test_lengths_that_come_late():
 class FullLate(Full):
   """Keeps everything, and says so late."""
 
-  knows_lengths = False
+  knows_lengths = places_early = False
 
 
 def waiting_for_rows(max_tokens):

@@ -18,11 +18,11 @@ from jaxheads.serve.sequence import State
 from tests.serve.world import World, play
 
 
-def play_many(seeds, operations):
+def play_many(seeds, operations, shards=1):
   done = collections.Counter()
   for seed in seeds:
     try:
-      done += play(seed, operations).done
+      done += play(seed, operations, shards).done
     except BaseException:
       print(f"seed {seed}, {operations} operations")
       raise
@@ -40,6 +40,13 @@ def check_coverage(done):
 
 def test_random_operations():
   check_coverage(play_many(range(40), 100))
+
+
+@pytest.mark.parametrize(
+  "shards", [2, pytest.param(3, marks=pytest.mark.exhaustive)]
+)
+def test_random_operations_over_several_devices(shards):
+  check_coverage(play_many(range(40), 100, shards))
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ import collections
 import numpy as np
 
 from jaxheads.kvcache import CacheShape
+from jaxheads.kvcache.by_shard import ByShard
 from jaxheads.serve.request import QueueFull, Request, SamplingParams
 from jaxheads.serve.scheduler import Scheduler
 from jaxheads.serve.sequence import State
@@ -19,9 +20,10 @@ from tests.serve.fake_policies import Blocks, Full, Late, Uneven
 class World:
   """Draws everything from `rng`, so that a seed tells the whole story."""
 
-  def __init__(self, rng):
+  def __init__(self, rng, shards=1):
     self.rng = rng
     shape = CacheShape(int(rng.integers(1, 4)), int(rng.integers(1, 4)))
+    shape = shape._replace(num_kv_heads=shards * shape.num_kv_heads)
     page = int(rng.integers(1, 5))
     max_length = int(rng.integers(4, 33))
     window = int(rng.integers(1, 5))
@@ -32,12 +34,14 @@ class World:
       Blocks(page, window),
       Full(window),
     ][rng.integers(4)]
+    if shards > 1:
+      policy = ByShard(policy=policy, shards=shards)
     chunk = None
     if rng.random() < 0.6:
       chunk = window + int(rng.integers(0, 6))
     sharing = bool(rng.random() < 0.6)
-    sharing &= chunk is not None or not policy.knows_lengths
-    heads = shape.num_layers * shape.num_kv_heads
+    sharing &= chunk is not None or not policy.places_early
+    heads = shape.num_layers * shape.num_kv_heads // shards
     # From a pool that one long request may fill, to one for several.
     longest = heads * -(-max_length // page)
     num_pages = 2 + int(longest * 4 ** rng.uniform(-1, 1))
@@ -56,13 +60,15 @@ class World:
       policy=policy,
       chunk=chunk,
       prefix_sharing=sharing,
+      shards=shards,
     )
     if rng.random() < 0.7:
       # Admits whoever fits now: then much is preempted soon.
       self.scheduler._reserve = lambda sequence: 0
     self.device = fake_device.FakeDevice(
-      shape, page, num_pages, max_batch, policy, chunk
+      shape, page, shards * num_pages, max_batch, policy, chunk, shards
     )
+    self.shards = shards
     self.count = 0
     self.max_tokens = {}  # By id: requests that live, first come first.
     self.answered = {}  # Tokens scheduled, by id.
@@ -175,8 +181,8 @@ class World:
 
   def set_lengths(self):
     self.run()
-    for name, lengths in self.lengths:
-      self.scheduler.set_lengths(name, lengths)
+    for name, lengths, heads in self.lengths:
+      self.scheduler.set_lengths(name, lengths, heads)
     self.lengths = []
 
   def cancel(self):
@@ -220,7 +226,7 @@ class World:
 
   def _check_owners(self, active):
     allocator = self.scheduler.allocator
-    size = allocator.num_pages + 1
+    size = allocator.owners.size
 
     def count(arrays):
       if not arrays:
@@ -240,9 +246,19 @@ class World:
     assert ((prompts <= 1) | (cached == 1)).all(), "shared behind the cache"
     owners = allocator.owners
     assert (owners == rows + cached + prompts).all(), "a page has leaked"
-    assert owners[0] == 0
-    free = np.sort(allocator._stack[: allocator.num_free])
-    assert (free == np.flatnonzero(owners[1:] == 0) + 1).all()
+    by_shard = owners.reshape(self.shards, -1)
+    assert (by_shard[:, 0] == 0).all()
+    for mine, shard in zip(by_shard, allocator.shards, strict=True):
+      free = np.sort(shard._stack[: shard.num_free])
+      assert (free == np.flatnonzero(mine[1:] == 0) + 1).all()
+    # A head's pages are where the head is.
+    heads = np.arange(self.scheduler.shape[1])[:, None]
+    home = heads * self.shards // self.scheduler.shape[1]
+    for held in (
+      table,
+      *(s.prompt_pages for s in active if s.prompt_pages is not None),
+    ):
+      assert ((held == 0) | (held // by_shard.shape[1] == home)).all()
     assert cache.num_idle_pages == sum(
       e.pages.size for e in cache._idle.values()
     )
@@ -254,13 +270,15 @@ class World:
     stats = self.scheduler.stats()
     assert stats.pages_used == ((rows + prompts) > 0).sum()
     assert stats.pages_cached == ((cached > 0) & (prompts == 0)).sum()
-    assert stats.pages_free == (owners[1:] == 0).sum()
+    assert stats.pages_free == (by_shard[:, 1:] == 0).sum()
 
   def _check_rows(self, active):
     rows = self.scheduler.rows
     has_rows = np.zeros(len(self.scheduler._slots), bool)
+    early = self.scheduler._policy.places_early
     for sequence in active:
       if sequence.state is not State.RUNNING:
+        has_rows[sequence.slot] = early and sequence.state is State.SETTLING
         continue
       has_rows[sequence.slot] = True
       if self.queue:
@@ -301,10 +319,10 @@ OPERATIONS = ("schedule", "add", "record", "set_lengths", "cancel")
 WEIGHTS = (0.55, 0.25, 0.08, 0.1, 0.02)
 
 
-def play(seed, operations):
+def play(seed, operations, shards=1):
   """A world of one seed; returns it."""
   rng = np.random.default_rng(seed)
-  world = World(rng)
+  world = World(rng, shards)
   for operation in rng.choice(OPERATIONS, size=operations, p=WEIGHTS):
     world.do(operation)
   world.drain()

@@ -124,8 +124,8 @@ long = pytest.mark.exhaustive
   [
     pytest.param({"context": 1}, SHARED, 2, True, id="1 device", marks=long),
     pytest.param({"context": 2}, SHARED, 2, True, id="2 devices", marks=long),
-    pytest.param({"context": 4}, SHARED, 2, True, id="4 devices"),
-    pytest.param({"context": 4}, SHARED, 2, False, id="4 chunks"),
+    pytest.param({"context": 4}, SHARED, 2, True, id="4 devices", marks=long),
+    pytest.param({"context": 4}, SHARED, 2, False, id="4 chunks", marks=long),
     # A chunk is two blocks: the window takes three hops, and heads have
     # chunks in which they keep nothing.
     pytest.param(
@@ -160,6 +160,7 @@ long = pytest.mark.exhaustive
       2,
       True,
       id="windows and shards on other devices",
+      marks=long,
     ),
   ],
 )
@@ -175,7 +176,9 @@ def test_exchange_is_the_oracles(axes, heads, kv_heads, balanced):
   ("axes", "heads", "kv_heads", "length", "balanced"),
   [
     pytest.param({"context": 4}, DENSE, 4, 40, True, id="dense"),
-    pytest.param({"context": 4}, DENSE, 4, 36, False, id="dense, contiguous"),
+    pytest.param(
+      {"context": 4}, DENSE, 4, 36, False, id="dense, contiguous", marks=long
+    ),
     pytest.param({"context": 4}, DENSE, 2, 40, True, id="repeated keys"),
     pytest.param(
       {"context": 2, "heads": 2}, ANY, 4, 100, True, id="a mask each"
@@ -268,3 +271,33 @@ def test_refuses_what_does_not_split(axes, heads, kv_heads, length, message):
 def test_order_of_a_length_that_does_not_split():
   with pytest.raises(UserError, match="context=4.*of 8, got 20.*nearest is 16"):
     context.balanced_order(20, 4)
+
+
+@pytest.mark.parametrize(
+  "heads",
+  [
+    pytest.param(DENSE, id="dense"),
+    pytest.param(OWN, id="a residue each", marks=long),
+  ],
+)
+def test_heads_that_are_off_are_not_computed(heads):
+  """The others are as if all were, whatever the road of those would be."""
+  arrays = draw(64, 4, 4, 2)
+  active = np.random.default_rng(5).random((2, 64, 4)) < 0.5
+  active[..., 0] = True
+  active[..., 3] &= ~active[..., 1:3].all(-1)  # Three of four at the most.
+  order = context.balanced_order(64, 2)
+  arrays = (*arrays[:3], np.where(active[..., None], arrays[3], 0))
+  with jax.set_mesh(mesh(context=2, heads=2)):
+    found = attend(
+      arrays,
+      pattern=heads.pattern,
+      active=jnp.asarray(active[:, order]),
+      num_active=3,
+    )
+  assert not found[0][~active].any()
+  with jax.set_mesh(mesh(context=1)):
+    every = attend(arrays, pattern=heads.pattern)
+  check(heads, arrays, every)
+  found[0] = np.where(active[..., None], found[0], every[0])
+  check(heads, arrays, found)

@@ -82,8 +82,17 @@ def check(formula, found):
   np.testing.assert_array_equal(formula.backward, found[1])
 
 
-@pytest.mark.parametrize("devices", [2, 4, 8])
-@pytest.mark.parametrize("balanced", [True, False])
+@pytest.mark.parametrize(
+  ("devices", "balanced"),
+  [
+    (4, True),
+    (2, False),
+    *(
+      pytest.param(*one, marks=pytest.mark.exhaustive)
+      for one in ((2, True), (8, True), (4, False), (8, False))
+    ),
+  ],
+)
 def test_exchange_sends_what_the_formula_says(devices, balanced):
   sizes = Sizes(2, 32 * 16, 8, 4, 8, 4, devices)
   # Chunks of two blocks at the least, windows of five.
@@ -134,6 +143,12 @@ def test_the_papers_example():
       assert ring.forward.max() == 1792 * block * sizes.kv_bytes
       assert 4 * formula.forward.max() <= ring.forward.max()
       assert 4 * formula.most <= ring.most
+
+
+@pytest.mark.exhaustive
+def test_the_papers_example_sends_that():
+  sizes = Sizes(1, 2048 * 64, 16, 16, 8, 2, 8)
+  pattern = strided(64, 16, 8, num_heads=16)
   check(volume.exchange(sizes, pattern), measured(sizes, pattern))
 
 

@@ -1,6 +1,7 @@
 """A checkpoint written under one placement of heads goes on under another."""
 
 import dataclasses
+import shutil
 
 import jax
 import numpy as np
@@ -17,6 +18,9 @@ from jaxheads.training.checkpoint import (
   restore_model,
   restore_newest,
 )
+from jaxheads.training.command_line import parse
+from jaxheads.training.job import run_job
+from jaxheads.training.metrics import read_metrics
 from jaxheads.training.step import init_state, make_train_step
 from tests.sharding import runs
 from tests.training import small
@@ -215,3 +219,32 @@ def test_layers_that_are_alike_no_more_get_stacks_of_their_own(own, saved):
       np.testing.assert_array_equal(second[name]["kernel"], kernel[1:])
     router = np.concatenate([first["router_kind"], second["router_kind"]])
     np.testing.assert_array_equal(router, both["router_kind"])
+
+
+@pytest.mark.exhaustive
+def test_a_job_deals_the_heads_and_another_mesh_deals_them_anew(
+  tmp_path, capsys
+):
+  flags = (
+    "--preset smoke --steps 4 --checkpoint.every 2 --evaluation.every 4 "
+    "--evaluation.sample-tokens 0 --model.num-heads 8 --model.num-kv-heads 4 "
+    f"--model.shared 4 --model.top-k 2 --data {small.TEXT}"
+  ).split()
+  alone, moved = tmp_path / "alone", tmp_path / "moved"
+  run_job(parse([*flags, "--out", str(alone)]))
+  assert "placement" not in capsys.readouterr().out
+  run_job(parse([*flags, "--out", str(moved), "--mesh", "heads=2"]))
+  assert "placement  heads over 2 devices" in capsys.readouterr().out
+  shutil.rmtree(moved / "checkpoints" / "4")
+  run_job(parse(["--resume", str(moved), "--mesh", "heads=4"]))
+  assert "MoH layers 1.33x -> 1.33x" in capsys.readouterr().out
+  expected, found = (
+    [
+      record["loss"]
+      for record in read_metrics(folder / "metrics.jsonl")
+      if "loss" in record
+    ]
+    for folder in (alone, moved)
+  )
+  assert len(expected) == 4
+  np.testing.assert_allclose(found, expected, rtol=2e-5)

@@ -87,6 +87,11 @@ class Metrics(Collector):
     pages.add_metric(["cached"], stats.pages_cached)
     pages.add_metric(["total"], stats.pages_total)
     yield pages
+    yield GaugeMetricFamily(
+      "jaxheads_failed_replicas",
+      "Engines that have failed, while others go on.",
+      stats.failed_replicas,
+    )
     yield CounterMetricFamily(
       "jaxheads_preemptions",
       "Requests that gave up their pages for a while.",
