@@ -106,8 +106,8 @@ def _stream(
   decoder = nnx.merge(*nnx.split(model))  # Same arrays, a cache of its own.
   decoder.init_cache(batch, min(room, model.config.max_seq_len))
   cache = nnx.state(decoder, nnx.Cache)
-  step = functools.partial(
-    _step,
+  next_token = functools.partial(
+    step,
     nnx.graphdef(decoder),
     nnx.state(decoder, nnx.Not(nnx.Cache)),
     temperature=jnp.float32(temperature),
@@ -117,7 +117,7 @@ def _stream(
   stopped = np.zeros(batch, bool)
   tokens = prompt
   for index in range(max_new_tokens):
-    tokens, cache = step(cache, tokens, jax.random.fold_in(key, index))
+    tokens, cache = next_token(cache, tokens, jax.random.fold_in(key, index))
     new = np.asarray(tokens)[:, 0]
     if stop_token is not None:
       new = np.where(stopped, np.int32(stop_token), new)
@@ -132,7 +132,7 @@ def _stream(
   static_argnames=("graphdef", "nucleus"),
   donate_argnames=("cache",),
 )
-def _step(
+def step(
   graphdef: nnx.GraphDef,
   variables: nnx.State,
   cache: nnx.State,

@@ -1,4 +1,4 @@
-"""Named model sizes: a tiny one for a CPU, and the two from the MoH paper."""
+"""Named model sizes: a tiny one for a CPU, those of the MoH paper, a 70B."""
 
 import dataclasses
 from typing import Any
@@ -45,7 +45,40 @@ _PRESETS: dict[str, dict[str, Any]] = {
     dtype="bfloat16",
     remat=True,
   ),
+  # The same, appendix B.4: LLaMA 3 8B (https://arxiv.org/abs/2407.21783) with
+  # a larger vocabulary.
+  "moh-llama3-8b": dict(
+    vocab_size=160_896,
+    num_layers=32,
+    embed_dim=4096,
+    mlp_dim=14_336,
+    num_heads=32,
+    num_kv_heads=8,
+    head_dim=128,
+    max_seq_len=8192,
+    rope_theta=5e5,
+    dtype="bfloat16",
+    remat=True,
+  ),
+  # LLaMA 3 70B, routed as the one above. Nobody has published it: it is here
+  # to be planned for.
+  "moh-llama3-70b": dict(
+    vocab_size=128_256,
+    num_layers=80,
+    embed_dim=8192,
+    mlp_dim=28_672,
+    num_heads=64,
+    num_kv_heads=8,
+    head_dim=128,
+    max_seq_len=8192,
+    rope_theta=5e5,
+    dtype="bfloat16",
+    remat=True,
+  ),
 }
+# Presets whose head plans are not `MoHConfig.from_fraction`'s: continued from a
+# trained model by the router without parameters, half of the heads shared.
+_BY_QUERY_NORM = frozenset({"moh-llama3-8b", "moh-llama3-70b"})
 _PLAN_FIELDS = frozenset(
   field.name for field in dataclasses.fields(MoHConfig)
 ) - {"num_heads", "num_shared", "top_k"}
@@ -67,12 +100,13 @@ def get(
   """The preset `name`, every layer with the same head plan.
 
   Args:
-    name: "tiny", "llm-s" or "llm-b".
-    vocab_size: `None` means the preset's own: 257 (bytes and a separator) for
-      "tiny", 65,536 for the others.
+    name: One of `names()`.
+    vocab_size: `None` means the preset's own, for "tiny" 257 (bytes and a
+      separator).
     active: Fraction of the heads that each token uses, as in
       `MoHConfig.from_fraction`.
-    shared: Heads per layer that are always on; `None` as in `from_fraction`.
+    shared: Heads per layer that are always on; `None` as in `from_fraction`,
+      for the LLaMA presets half of all heads if more are active.
     **overrides: Fields of `ModelConfig`; and `router`, `gates`,
       `straight_through` and `group_size` of every layer's plan. With
       `head_plans` given, none of the plan's arguments is read.
@@ -97,6 +131,11 @@ def get(
   if vocab_size is not None:
     fields["vocab_size"] = vocab_size
   if "head_plans" not in fields:
+    if name in _BY_QUERY_NORM:
+      plan_fields = {"router": "query_norm", **plan_fields}
+      half = fields["num_heads"] // 2
+      if shared is None and active * fields["num_heads"] > half:
+        shared = half
     plan = MoHConfig.from_fraction(
       fields["num_heads"], active, shared=shared, **plan_fields
     )

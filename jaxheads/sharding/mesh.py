@@ -4,6 +4,7 @@ import dataclasses
 import math
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from jaxheads.errors import UserError
@@ -63,12 +64,14 @@ def make_mesh(
   shape: MeshShape, devices: list[jax.Device] | None = None
 ) -> Mesh:
   """The mesh of that shape over `devices` (default: every device)."""
-  return jax.make_mesh(
+  # `jax.make_mesh` refuses axes that are no product of whole dimensions of the
+  # pod's network: 8 of 16 x 16 chips.
+  placed = mesh_utils.create_device_mesh(
     dataclasses.astuple(shape),
-    AXES,
-    devices=jax.devices() if devices is None else devices,
-    axis_types=(AxisType.Auto,) * len(AXES),
+    jax.devices() if devices is None else devices,
+    allow_split_physical_axes=True,
   )
+  return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def axis_size(*names: str) -> int:

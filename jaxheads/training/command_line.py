@@ -30,7 +30,8 @@ class Command:
   """
 
   preset: str = "tiny"
-  """Defaults to start from: tiny, smoke, tiny-s2, smoke-s2, llm-s or llm-b."""
+  """Defaults to start from: tiny, smoke, tiny-s2, smoke-s2, llm-s, llm-b,
+  moh-llama3-8b or moh-llama3-70b."""
   config: str | None = None
   """YAML or JSON file of defaults; its keys are the flags below."""
   out: str | None = None

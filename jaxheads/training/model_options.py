@@ -71,7 +71,9 @@ class S2Options:
 class ModelOptions:
   """The model: a preset, and what to change in it."""
 
-  preset: Literal["tiny", "llm-s", "llm-b"] = "tiny"
+  preset: Literal[
+    "tiny", "llm-s", "llm-b", "moh-llama3-8b", "moh-llama3-70b"
+  ] = "tiny"
   """Architecture to start from."""
   active: float = 0.75
   """Fraction of the heads that each token uses, in every layer."""

@@ -81,6 +81,26 @@ LLM_B = configfile.override(
   },
 )
 
+# The same paper, appendix B.4, second stage: a LLaMA 3 8B that has learned the
+# new vocabulary goes on with routed heads, 16 M tokens a step, 100 B tokens.
+# Here it starts from scratch: this library reads no LLaMA weights.
+MOH_LLAMA3_8B = TrainConfig(
+  seq_len=8192,
+  batch_size=2048,
+  steps=6_000,
+  log_every=10,
+  model=ModelOptions(preset="moh-llama3-8b", router="query_norm", shared=(16,)),
+  optimizer=OptimizerOptions(
+    learning_rate=2e-5, warmup_steps=50, final_fraction=0.05
+  ),
+  evaluation=EvaluationOptions(every=500, batches=16),
+  checkpoint=CheckpointOptions(every=500, keep=3),
+)
+MOH_LLAMA3_70B = configfile.override(
+  MOH_LLAMA3_8B,
+  {"model": {"preset": "moh-llama3-70b", "shared": [32]}},
+)
+
 PRESETS = {
   "tiny": TINY,
   "smoke": SMOKE,
@@ -88,6 +108,8 @@ PRESETS = {
   "smoke-s2": SMOKE_S2,
   "llm-s": LLM_S,
   "llm-b": LLM_B,
+  "moh-llama3-8b": MOH_LLAMA3_8B,
+  "moh-llama3-70b": MOH_LLAMA3_70B,
 }
 
 

@@ -45,8 +45,34 @@ def init_state(
   mesh: Mesh,
 ) -> tuple[nnx.GraphDef[Any], TrainState]:
   """A fresh model, split, and its state, placed on `mesh` by the table."""
+  graphdef, init = _initialiser(build_model, optimizer, seed)
+  placed = shardings(jax.eval_shape(init), mesh)
+  return graphdef, jax.jit(init, out_shardings=placed)()
+
+
+def abstract_state(
+  build_model: Callable[[nnx.Rngs], nnx.Module],
+  optimizer: optax.GradientTransformation,
+  *,
+  mesh: Mesh,
+) -> tuple[nnx.GraphDef[Any], TrainState]:
+  """As `init_state`, with shapes and places instead of arrays."""
+  graphdef, init = _initialiser(build_model, optimizer, 0)
+  shapes = jax.eval_shape(init)
+
+  def place(leaf: Any, where: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+
+  return graphdef, jax.tree.map(place, shapes, shardings(shapes, mesh))
+
+
+def _initialiser(
+  build_model: Callable[[nnx.Rngs], nnx.Module],
+  optimizer: optax.GradientTransformation,
+  seed: int,
+) -> tuple[nnx.GraphDef[Any], Callable[[], TrainState]]:
+  """Graph of the model, and what makes the first state."""
   shapes = nnx.eval_shape(lambda: build_model(nnx.Rngs(seed)))
-  graphdef = nnx.graphdef(shapes)
 
   def init() -> TrainState:
     parts: Any = nnx.split(build_model(nnx.Rngs(seed)), nnx.Param, ...)
@@ -59,8 +85,7 @@ def init_state(
       opt_state=optimizer.init(params),
     )
 
-  placed = shardings(jax.eval_shape(init), mesh)
-  return graphdef, jax.jit(init, out_shardings=placed)()
+  return nnx.graphdef(shapes), init
 
 
 def make_train_step(

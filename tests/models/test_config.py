@@ -61,6 +61,35 @@ def test_paper_presets_split_heads_as_published():
 
 
 @pytest.mark.parametrize(
+  ("name", "params"),
+  # The number of parameters in the released weights of LLaMA 3.
+  [("moh-llama3-8b", 8_030_261_248), ("moh-llama3-70b", 70_553_706_496)],
+)
+def test_llama_presets_have_the_released_sizes(name, params):
+  config = presets.get(name, vocab_size=128_256)
+  assert config.num_params == counted_params(config) == params
+  # The router has no parameters.
+  assert config.dense().num_params == params
+  shared = config.num_heads // 2
+  for plan in config.head_plans:
+    assert plan.router == "query_norm"
+    assert (plan.num_shared, plan.active_fraction) == (shared, 0.75)
+
+
+def test_the_8b_preset_has_the_published_shape():
+  config = presets.get("moh-llama3-8b")
+  # Two tables of 160,896 words instead of 128,256.
+  grown = 2 * (160_896 - 128_256) * 4096
+  assert config.num_params == 8_030_261_248 + grown
+  plan = config.head_plans[0]
+  assert (plan.num_shared, plan.top_k, plan.num_routed) == (16, 8, 16)
+  assert presets.get("moh-llama3-8b", active=0.5).head_plans[0].num_shared == 8
+  assert not config.tie_embeddings
+  assert (config.rope_theta, config.max_seq_len) == (5e5, 8192)
+  assert (config.dtype, config.param_dtype) == ("bfloat16", "float32")
+
+
+@pytest.mark.parametrize(
   "config",
   [small_config(*MIXED, remat=True, norm_eps=1e-6), presets.get("llm-b")],
 )
