@@ -31,11 +31,9 @@ FLAGS = [
 TIMEOUT_S = 240
 # Less patient than users' processes are, where a test waits for the end of it.
 _SCRIPT = """
-import resource, runpy, sys
+import runpy, sys
 from jaxheads.training import distributed
-_, start_s, heartbeat_s, limit, *sys.argv = sys.argv
-if int(limit):
-  resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), int(limit)))
+_, start_s, heartbeat_s, *sys.argv = sys.argv
 distributed._START_S = int(start_s)
 distributed._HEARTBEAT_S = int(heartbeat_s)
 runpy.run_path(sys.argv[0], run_name="__main__")
@@ -61,7 +59,6 @@ class Job:
     own=None,
     folders=None,
     variables=None,
-    limited=None,
     start_s=60,
     heartbeat_s=10,
   ):
@@ -71,7 +68,6 @@ class Job:
       own: Further flags of single processes.
       folders: Where single processes are started.
       variables: Of single processes, instead of flags that say who they are.
-      limited: A process whose files may not grow beyond 30 KB.
     """
     environment = os.environ | one_device() | {"PYTHONPATH": str(ROOT)}
     environment["XLA_FLAGS"] += (
@@ -83,7 +79,6 @@ class Job:
       process: subprocess.Popen(
         [
           *(sys.executable, "-c", _SCRIPT, str(start_s), str(heartbeat_s)),
-          *("30000" if process == limited else "0",),
           *(str(ROOT / "experiments" / script), *flags),
           *(own or {}).get(process, ()),
           *(() if variables else (*meet, str(process))),
@@ -362,25 +357,6 @@ def test_a_damaged_checkpoint_is_set_aside_by_one(start, undisturbed, tmp_path):
   assert "checkpoint 16 cannot be used" in resumed[0][1]
   assert (out / "damaged/16").is_dir()
   assert assert_checkpoints_whole(out)
-
-
-@pytest.mark.exhaustive
-@pytest.mark.parametrize("failing", [0, 1])
-def test_a_process_that_fails_tells_the_others_why(start, tmp_path, failing):
-  """Its files may not grow, as on a disk that is full."""
-  out = tmp_path / "run"
-  job = start(*FLAGS, "--out", str(out), "--steps", "10000", limited=failing)
-  told = job.end()
-  code, _, errors = told[failing]
-  assert code == 2
-  assert re.search("error: .*the file size limit is reached", errors), errors
-  assert errors.count("\n") == 1
-  code, _, errors = told[1 - failing]
-  assert code == 2
-  assert re.match(
-    f"error: process {failing} stopped: .*the file size limit", errors
-  ), errors
-  assert errors.count("\n") == 1
 
 
 @pytest.mark.exhaustive
