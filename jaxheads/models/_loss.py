@@ -1,12 +1,13 @@
 """Cross-entropy, without the logits of a whole batch."""
 
-from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxheads.sharding import axis_size, constrain
+from jaxheads.sharding.rules import fitting, free_axes, spec
+from pallas_kernels.value_checks import checks_under_jit
 
 # Logits of so many bytes are computed at once on one device. Each part reads
 # the output layer and adds to its gradient: from a thousand tokens on, products
@@ -18,75 +19,106 @@ def token_nats(
   logits: Float[Array, "B T V"], targets: Int[Array, "B T"]
 ) -> Float[Array, "B T"]:
   """Cross-entropy of each target in nats, float32."""
-  logits = logits.astype(jnp.float32)
-  # Not a gather, for which devices would exchange logits that are split.
-  words = jnp.arange(logits.shape[-1], dtype=targets.dtype)
-  is_target = words == targets[..., None]
-  target_logits = jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1)
-  return jax.nn.logsumexp(logits, axis=-1) - target_logits
+  return _nats(logits, targets, words_split=False)
 
 
 def nats_in_parts(
-  score: Callable[[Array, Array], Array],
   x: Float[Array, "B T D"],
   table: Float[Array, "D V"],
   targets: Int[Array, "B T"],
 ) -> Float[Array, "B T"]:
   """Cross-entropy of each target in nats, part of the tokens by part.
 
-  Logits are computed once more in the backward pass.
+  Logits are computed once more in the backward pass. Over a mesh, each device
+  adds up its own gradient of the table, and they are summed once.
 
   Args:
-    score: From x and the table to logits.
-    x: Output of the last layer.
+    x: Output of the last layer, normalised.
     table: Output layer.
     targets: What did follow.
   """
+  # JAX's checkify does not run through a shard_map that a mesh context has.
+  axes = {} if checks_under_jit() else free_axes()
+  specs = [
+    fitting(array.shape, where, axes)
+    for array, where in (
+      (x, spec("batch", "length", None)),
+      (table, spec("embed", "vocab")),
+      (targets, spec("batch", "length")),
+    )
+  ]
+  features, words = specs[1]
+
+  def run(x: Array, table: Array, targets: Array) -> Array:
+    if features:
+      table = jax.lax.all_gather(table, features, axis=0, tiled=True)
+    return _in_parts(x, table, targets, words_split=bool(words))
+
+  if not axes:
+    return run(x, table, targets)
+  sharded = jax.shard_map(
+    run,
+    in_specs=tuple(specs),
+    out_specs=specs[2],
+    axis_names=set(axes),
+    check_vma=False,
+  )
+  return sharded(x, table, targets)
+
+
+def _in_parts(
+  x: Float[Array, "b t D"],
+  table: Float[Array, "D v"],
+  targets: Int[Array, "b t"],
+  *,
+  words_split: bool,
+) -> Float[Array, "b t"]:
+  """Of the tokens and words that a device has."""
 
   def nats(x: Array, targets: Array) -> Array:
-    logits = constrain(score(x, table), "batch", "length", "vocab")
-    return token_nats(logits, targets)
+    logits = jnp.einsum(
+      "btd,dv->btv",
+      x,
+      table.astype(x.dtype),
+      preferred_element_type=jnp.float32,
+    )
+    return _nats(logits, targets, words_split=words_split)
 
   batch, length = targets.shape
-  devices = axis_size("context")
-  devices = devices if length % devices == 0 else 1
-  parts = _count(batch, length // devices, table.shape[1])
+  wanted = -(-batch * length * table.shape[1] * 4 // _MOST_LOGITS_BYTES)
+  wanted = min(max(1, wanted), max(1, length))
+  parts = next(n for n in range(wanted, length + 2) if length % n == 0)
   if parts == 1:
     return nats(x, targets)
-  # Gathered once, not for every part.
-  table = _gather(table)
 
   def cut(y: Array) -> Array:
-    """To [parts, B, T / parts, ...]; every device has its tokens of each."""
-    y = y.reshape(batch, devices, parts, -1, *y.shape[2:])
-    return jnp.moveaxis(y, 2, 0).reshape(parts, batch, -1, *y.shape[4:])
+    return jnp.moveaxis(
+      y.reshape(batch, parts, length // parts, *y.shape[2:]), 1, 0
+    )
 
   step = jax.checkpoint(lambda _, part: (None, nats(*part)))
   _, out = jax.lax.scan(step, None, (cut(x), cut(targets)))
-  out = out.reshape(parts, batch, devices, -1)
-  return jnp.moveaxis(out, 0, 2).reshape(batch, length)
+  return jnp.moveaxis(out, 0, 1).reshape(batch, length)
 
 
-@jax.custom_vjp
-def _gather(table: Float[Array, "D V"]) -> Float[Array, "D V"]:
-  """All features of a device's words."""
-  return constrain(table, None, "vocab")
-
-
-def _gather_backward(_: None, grads: Array) -> tuple[Array]:
-  # Whole first, or devices would add up every part instead of the sum. Then the
-  # barrier: without it the optimizer takes a device's part of the sum, at the
-  # end of the step, and until then the sum stays whole on all of them.
-  grads = constrain(grads, None, "vocab")
-  return (jax.lax.optimization_barrier(constrain(grads, "embed", "vocab")),)
-
-
-_gather.defvjp(lambda table: (_gather(table), None), _gather_backward)
-
-
-def _count(batch: int, length: int, words: int) -> int:
-  """Into how many parts the tokens of a device are cut."""
-  rows = -(-batch // axis_size("data", "fsdp"))
-  total = rows * length * -(-words // axis_size("heads")) * 4
-  wanted = min(max(1, -(-total // _MOST_LOGITS_BYTES)), length)
-  return next(n for n in range(wanted, length + 1) if length % n == 0)
+def _nats(
+  logits: Float[Array, "b t v"],
+  targets: Int[Array, "b t"],
+  *,
+  words_split: bool,
+) -> Float[Array, "b t"]:
+  """Of logits of all words, or of those of this device along `heads`."""
+  logits = logits.astype(jnp.float32)
+  most = jax.lax.stop_gradient(logits.max(axis=-1))
+  first: Any = 0
+  if words_split:
+    most = jax.lax.pmax(most, "heads")
+    first = jax.lax.axis_index("heads") * logits.shape[-1]
+  most = jnp.where(jnp.isfinite(most), most, 0.0)
+  # Not a gather, for which devices would exchange logits that are split.
+  words = first + jnp.arange(logits.shape[-1], dtype=targets.dtype)
+  right = jnp.where(words == targets[..., None], logits, 0.0).sum(axis=-1)
+  total = jnp.exp(logits - most[..., None]).sum(axis=-1)
+  if words_split:
+    right, total = jax.lax.psum((right, total), "heads")
+  return jnp.log(total) + most - right

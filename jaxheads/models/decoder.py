@@ -253,7 +253,7 @@ class DecoderLM(nnx.Module):
     x, order = self._hidden(tokens, deterministic=deterministic)
     with jax.named_scope("unembed"):
       nats = nats_in_parts(
-        self._score, x, self._table(), _ordered(targets, order)
+        self.norm(x), self._table(), _ordered(targets, order)
       )
     return _restored(nats, order)
 
@@ -402,23 +402,17 @@ class DecoderLM(nnx.Module):
 
   def logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
     """From the last layer's output to logits, summed in float32."""
-    return self._score(x, self._table())
+    return jnp.einsum(
+      "btd,dv->btv",
+      self.norm(x),
+      self._table().astype(x.dtype),
+      preferred_element_type=jnp.float32,
+    )
 
   def _table(self) -> Float[Array, "D V"]:
     if self.unembedding is None:
       return self.embedding.embedding[...].T
     return self.unembedding[...]
-
-  def _score(
-    self, x: Float[Array, "B T D"], table: Float[Array, "D V"]
-  ) -> Float[Array, "B T V"]:
-    x = self.norm(x)
-    return jnp.einsum(
-      "btd,dv->btv",
-      x,
-      table.astype(x.dtype),
-      preferred_element_type=jnp.float32,
-    )
 
   def _check(
     self,

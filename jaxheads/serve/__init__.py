@@ -2,8 +2,9 @@
 
 `Engine` is all that a program needs: requests in, tokens out. The parts, from
 the host to the device: `scheduler` (who runs next, on which pages), `device`
-(programs by size), `programs` (a turn), `layers` (a model over pages). What
-talks HTTP is in `http`, and needs the extra `serve`.
+(programs by size), `programs` (a turn), `layers` (a model over pages), `shards`
+(devices that share the heads). `replicas` puts several engines behind one
+queue. What talks HTTP is in `http`, and needs the extra `serve`.
 """
 
 from jaxheads.serve.engine import Engine as Engine

@@ -1,6 +1,6 @@
 """Attention of sequences whose tokens are split over the devices of `context`.
 
-A head of a strided pattern sees a window, and every so manieth block of the
+A head of a strided pattern sees a window, and one block in so many of the
 past. So a device that holds a chunk of the sequence asks for little: the end of
 what is before its chunk (a halo), and of each key-value head the blocks of its
 own residue. Heads that see everything go another road: every device gets all

@@ -5,11 +5,10 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Int
 
-from jaxheads.sharding.mesh import AXES
-from jaxheads.sharding.rules import as_names, axes_of
+from jaxheads.sharding.rules import as_names, axes_of, free_axes
 from pallas_kernels.head_attention import HeadContexts
 from pallas_kernels.value_checks import checks_under_jit
 
@@ -41,12 +40,7 @@ def per_device(
       values are checked, all of them do all the work.
     num_kv_heads: Key-value heads; the same.
   """
-  mesh = jax.sharding.get_abstract_mesh()
-  sizes = {
-    name: mesh.shape[name]
-    for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
-    if name in AXES and kind != AxisType.Manual
-  }
+  sizes = free_axes()
   split: set[str] = set()
   for logical, number in (("batch", batch_size), ("heads", num_kv_heads)):
     axes = [axis for axis in axes_of(logical) if axis in sizes]

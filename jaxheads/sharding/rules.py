@@ -68,18 +68,25 @@ def constrain(x: Array, *logical: str | None) -> Array:
   Without a mesh, and on axes that the caller handles by `jax.shard_map`, `x`
   stays as it is.
   """
-  mesh = jax.sharding.get_abstract_mesh()
-  auto = {
-    name
-    for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
-    if kind == jax.sharding.AxisType.Auto
-  }
-  sizes = {name: n for name, n in dict(mesh.shape).items() if name in auto}
-  if not any(n > 1 for name, n in sizes.items() if name in AXES):
+  sizes = free_axes()
+  if not any(n > 1 for n in sizes.values()):
     return x
   return jax.lax.with_sharding_constraint(
-    x, _fitting(x.shape, spec(*logical), sizes)
+    x, fitting(x.shape, spec(*logical), sizes)
   )
+
+
+def free_axes() -> dict[str, int]:
+  """Axes of the mesh that is set, and their devices.
+
+  Without those that a `jax.shard_map` around handles already.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  return {
+    name: mesh.shape[name]
+    for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
+    if name in AXES and kind != jax.sharding.AxisType.Manual
+  }
 
 
 def parameter_axes(path: str) -> tuple[str | None, ...] | None:
@@ -124,7 +131,7 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
   """
   sizes = dict(mesh.shape)
   return jax.tree.map(
-    lambda leaf, where: NamedSharding(mesh, _fitting(leaf.shape, where, sizes)),
+    lambda leaf, where: NamedSharding(mesh, fitting(leaf.shape, where, sizes)),
     tree,
     param_specs(tree),
   )
@@ -140,11 +147,11 @@ def check_heads(num_heads: int, num_kv_heads: int, heads: int) -> None:
     )
 
 
-def _fitting(
+def fitting(
   shape: tuple[int, ...], where: PartitionSpec, sizes: dict[str, int]
 ) -> PartitionSpec:
-  """`where` without the axes that are not there or do not divide."""
-  fitting: list[tuple[str, ...] | None] = []
+  """`where` without the axes that `sizes` lacks or that do not divide."""
+  entries: list[tuple[str, ...] | None] = []
   for length, entry in zip(shape, where, strict=False):
     kept: list[str] = []
     parts = 1
@@ -152,5 +159,5 @@ def _fitting(
       if name in sizes and length % (parts * sizes[name]) == 0:
         kept.append(name)
         parts *= sizes[name]
-    fitting.append(tuple(kept) or None)
-  return PartitionSpec(*fitting)
+    entries.append(tuple(kept) or None)
+  return PartitionSpec(*entries)

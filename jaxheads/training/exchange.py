@@ -20,7 +20,8 @@ class Layers(NamedTuple):
   Attributes:
     num_layers: How many.
     road: How they come to the keys of their heads.
-    sent: By each device along `context`, for one of them.
+    sent: By each device along `context`, for one of them; forward twice where
+      layers are recomputed.
     by_ring: What ring attention would send.
   """
 
@@ -63,7 +64,11 @@ def _layers(config: ModelConfig, run: Run, sizes: Sizes) -> Layers:
     needs_all_tokens=_is_dispatched(config, run, sizes.length),
   )
   sent = exchange(sizes, pattern) if road == "exchange" else all_to_all(sizes)
-  return Layers(run.num_layers, road, sent, ring(sizes))
+  sent, by_ring = (
+    Sent((2 if config.remat else 1) * one.forward, one.backward)
+    for one in (sent, ring(sizes))
+  )
+  return Layers(run.num_layers, road, sent, by_ring)
 
 
 def _is_dispatched(config: ModelConfig, run: Run, seq_len: int) -> bool:

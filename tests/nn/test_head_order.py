@@ -152,11 +152,9 @@ CALLS = {
   ("name", "how"),
   some(
     itertools.product(LAYERS, CALLS),
-    ("routed", "padding"),
     ("by norm in groups", "padding"),
     ("routed, dispatch", "segments"),
     ("shards", "segments"),
-    ("by norm", "a mask by head"),
   ),
 )
 def test_outputs_and_statistics_are_the_same(name, how):
@@ -173,9 +171,7 @@ def test_outputs_and_statistics_are_the_same(name, how):
     oracles.assert_close(stored.aux_loss[...], own.aux_loss[...], FORWARD)
 
 
-@pytest.mark.parametrize(
-  "name", some(LAYERS, "dense, groups, layer norms", "by norm", "shards")
-)
+@pytest.mark.parametrize("name", some(LAYERS, "by norm", "shards"))
 def test_parameters_and_gradients_are_permuted(name):
   own, stored = pair(name)
   order = LAYERS[name]["head_order"]
@@ -238,7 +234,7 @@ def test_decoding_and_caches_kept_outside(name):
     oracles.assert_close(out, expected, FORWARD)
 
 
-@pytest.mark.parametrize("name", ["routed", "shards"])
+@pytest.mark.parametrize("name", some(("routed", "shards"), "routed"))
 def test_what_is_sown_and_dropped_is_of_the_same_heads(name):
   own, stored = pair(name, dropout_rate=0.5, broadcast_dropout=False)
   x = normal(B, T, D)

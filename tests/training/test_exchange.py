@@ -13,7 +13,7 @@ from tests.training import small
 
 
 def test_every_layer_takes_its_road():
-  config = runs.config(execution="dense")
+  config = runs.config(execution="dense", remat=False)
   layers = exchange.of_model(
     config, MeshShape(context=4, heads=2), batch_size=8, seq_len=runs.LENGTH
   )
@@ -31,6 +31,15 @@ def test_every_layer_takes_its_road():
   )
   # Routed heads that are not computed for all tokens.
   assert dispatched[3].road == "all_to_all"
+  (again,) = exchange.of_model(
+    dataclasses.replace(
+      config, num_layers=1, head_plans=(None,), contexts=(None,), remat=True
+    ),
+    MeshShape(context=4, heads=2),
+    batch_size=8,
+    seq_len=runs.LENGTH,
+  )
+  assert 2 * again.sent.most == 3 * layers[0].sent.most
   # A token's keys and values are 512 bytes. Ring: 48 tokens, three times over.
   # A halo is 6 tokens, twice, and of 64 tokens half are a residue: 12 + 24.
   assert exchange.describe(layers) == (

@@ -102,7 +102,9 @@ def test_a_scheduler_that_cannot_be_read_is_told(met, monkeypatch, caplog):
 
 def test_a_folder_that_is_not_shared(monkeypatch, tmp_path):
   monkeypatch.setattr(run_folder, "_SHARED_WITHIN_S", 0.0)
-  with pytest.raises(UserError, match="not on storage that all processes share"):
+  with pytest.raises(
+    UserError, match="not on storage that all processes share"
+  ):
     run_folder.RunFolder(tmp_path).check_shared()
 
 
