@@ -65,6 +65,7 @@ def test_a_step_of_a_small_model_counts_what_it_must():
 
 
 @pytest.mark.compile
+@pytest.mark.exhaustive
 def test_recomputation_and_layers_add_their_own():
   config = CONFIG
   plain = made(config, data=4)
