@@ -4,9 +4,10 @@
 
 The training step of one model is compiled for slices of 8 to 256 chips that are
 not here, all devices on the mesh axis `fsdp`, one sequence each. Reported are
-FLOPs and bytes sent of one device, counted in the compiled programs as in
-`plan.py`: in a model that scales they stay as they are. Needs
-`pip install 'jaxheads[aot]'`.
+FLOPs and bytes of one device, counted in the compiled programs as in `plan.py`:
+what it sends, and what arrays that are gathered, added up or exchanged hold,
+however the compiler does it. In a model that scales, FLOPs and the latter stay
+as they are. Needs `pip install 'jaxheads[aot]'`.
 """
 
 import dataclasses
@@ -67,12 +68,26 @@ class Command:
   model: ModelOptions = dataclasses.field(default_factory=lambda: MODEL)
 
 
+def exchanged(kind: str, sent: float, devices: int) -> float:
+  """Bytes of the arrays that devices exchange, from what one of them sends."""
+  if kind == "collective-permute":
+    return sent
+  # All but a device's own part, when adding up twice.
+  parts = (devices - 1) / devices * (2 if kind == "all-reduce" else 1)
+  return sent / parts
+
+
 def row(topology: str, devices: int, found: Plan) -> dict[str, Any]:
   """What a device does on one slice."""
+  payload = sum(
+    exchanged(kind, sent, devices)
+    for (kind, _), sent in found.sent_bytes.items()
+  )
   return {
     "topology": topology,
     "devices": devices,
     "flops": found.matmul_flops + found.kernel_flops,
+    "exchanged_bytes": round(payload),
     "sent_bytes": round(sum(found.sent_bytes.values())),
     "sent_bytes_by_kind": {
       f"{kind} over {axes}": round(sent)
@@ -84,7 +99,7 @@ def row(topology: str, devices: int, found: Plan) -> dict[str, Any]:
 def table(rows: list[dict[str, Any]]) -> rich.table.Table:
   """One line a slice; ratios are to the first."""
   drawn = rich.table.Table(
-    "devices", "GFLOPs", "ratio", "MB sent", "ratio", "by"
+    "devices", "GFLOPs", "ratio", "MB exchanged", "ratio", "MB sent", "by"
   )
   first = rows[0]
   for each in rows:
@@ -92,8 +107,9 @@ def table(rows: list[dict[str, Any]]) -> rich.table.Table:
       str(each["devices"]),
       f"{each['flops'] / 1e9:.2f}",
       f"{each['flops'] / first['flops']:.3f}",
+      f"{each['exchanged_bytes'] / 1e6:.1f}",
+      f"{each['exchanged_bytes'] / first['exchanged_bytes']:.3f}",
       f"{each['sent_bytes'] / 1e6:.1f}",
-      f"{each['sent_bytes'] / first['sent_bytes']:.3f}",
       ", ".join(
         f"{name.split()[0]} {sent / 1e6:.1f}"
         for name, sent in each["sent_bytes_by_kind"].items()

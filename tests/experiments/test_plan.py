@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from experiments import plan
+from experiments import plan, plan_weak_scaling
 from jaxheads.errors import UserError
 from jaxheads.planning import chips
 from jaxheads.planning.chips import CHIPS, Topology
@@ -86,6 +86,20 @@ def test_a_plan_that_does_not_fit_is_an_answer(no_compiler, capsys):
   record = plan.to_dict(found)
   assert record["fits"] is False
   assert json.dumps(record)
+
+
+@pytest.mark.parametrize(
+  ("kind", "sent"),
+  [
+    ("all-gather", 7 * 100),
+    ("reduce-scatter", 7 * 100),
+    ("all-reduce", 2 * 7 * 100),
+    ("collective-permute", 800),
+  ],
+)
+def test_the_same_array_counts_the_same_however_it_is_exchanged(kind, sent):
+  # Of 800 bytes, on eight devices.
+  assert plan_weak_scaling.exchanged(kind, sent, 8) == 800
 
 
 @pytest.mark.compile

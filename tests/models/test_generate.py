@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from jaxheads.models import generate
-from jaxheads.models.generate import _sample, _step
+from jaxheads.models.generate import _sample, step
 from tests.models.builders import (
   BY_NORM,
   ROUTED,
@@ -50,13 +50,13 @@ def test_compiles_once_for_any_number_of_tokens(model):
   prompt = random_tokens(3, 5)
   key = jax.random.key(0)
   list(generate(model, prompt, max_new_tokens=2, key=key))
-  compiled = _step._cache_size()
+  compiled = step._cache_size()
   # More tokens, other numbers, another key, the same shapes.
   stream = generate(
     model, prompt, max_new_tokens=20, temperature=0.3, key=jax.random.key(1)
   )
   assert len(list(stream)) == 20
-  assert _step._cache_size() == compiled
+  assert step._cache_size() == compiled
 
 
 def test_same_key_same_text_and_another_key_another_text(model):
