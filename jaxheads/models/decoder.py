@@ -23,7 +23,7 @@ from jaxheads.moh import MoHConfig
 from jaxheads.nn import HeadAttention
 from jaxheads.s2 import Pattern
 from jaxheads.sharding import axis_size, constrain
-from jaxheads.sharding.context import balanced_order
+from jaxheads.sharding.chunks import balanced_order
 
 
 class RMSNorm(nnx.Module):

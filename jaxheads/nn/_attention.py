@@ -32,7 +32,7 @@ from jaxheads.nn._patterned import (
 )
 from jaxheads.nn._variables import AuxLoss, RoutingStats
 from jaxheads.rope import apply_rope
-from jaxheads.sharding import axis_size, constrain, context
+from jaxheads.sharding import axis_size, chunks, constrain, context
 from pallas_kernels import platform
 from pallas_kernels.head_attention import HeadContexts
 
@@ -285,7 +285,7 @@ class HeadAttention(nnx.Module):
       segment_ids: Tokens of packed sequences see their own segment only;
         self-attention without cache.
       balanced: The tokens, and what there is for each of them, are in
-        `jaxheads.sharding.context.balanced_order` of the mesh; causal
+        `jaxheads.sharding.chunks.balanced_order` of the mesh; causal
         self-attention only.
 
     Returns:
@@ -359,7 +359,7 @@ class HeadAttention(nnx.Module):
     if q_positions is None:
       own = jnp.arange(length, dtype=jnp.int32) + q_offset
       if balanced:
-        order = context.balanced_order(length, axis_size("context"))
+        order = chunks.balanced_order(length, axis_size("context"))
         own = jnp.asarray(order, jnp.int32)
       q_positions = jnp.broadcast_to(own, x.shape[:2])
     if self.rope_theta is not None:

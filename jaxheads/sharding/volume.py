@@ -26,12 +26,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxheads.sharding.context import (
-  chunk_places,
-  kv_copies,
-  stride_of,
-  window_of,
-)
+from jaxheads.sharding.all_to_all import kv_copies
+from jaxheads.sharding.chunks import chunk_places
+from jaxheads.sharding.exchange import stride_of, window_of
 from pallas_kernels.head_attention import HeadContexts
 
 

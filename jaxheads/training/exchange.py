@@ -9,7 +9,8 @@ from jaxheads.models import ModelConfig
 from jaxheads.models.config import Run
 from jaxheads.moh import explain_execution
 from jaxheads.sharding import MeshShape
-from jaxheads.sharding.context import Road, balanced_order, choose_road
+from jaxheads.sharding.chunks import balanced_order
+from jaxheads.sharding.context import Road, choose_road
 from jaxheads.sharding.volume import Sent, Sizes, all_to_all, exchange, ring
 from jaxheads.training import console
 

@@ -22,6 +22,10 @@ ROUTED = MoHConfig(num_heads=8, num_shared=2, top_k=3)
 SHARDED = s2.strided(
   8, block_size=2, local_blocks=4, vertical_stride=2, num_kv_heads=4
 )
+# Eight devices along `heads` have one each.
+EIGHT = s2.strided(
+  8, block_size=2, local_blocks=4, vertical_stride=2, num_kv_heads=8
+)
 
 
 def config(**changes) -> ModelConfig:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxheads import UserError
-from jaxheads.sharding import context
+from jaxheads.sharding import axis_size, chunks, context, exchange
 from jaxheads.sharding.mesh import MeshShape, make_mesh
 from pallas_kernels.head_attention import HeadContexts, Strided, Table
 from tests import oracles_s2
@@ -50,7 +50,7 @@ def attend(arrays, segments=None, *, balanced=True, **options):
   length = arrays[0].shape[1]
   order = np.arange(length)
   if balanced:
-    order = context.balanced_order(length, context.axis_size("context"))
+    order = chunks.balanced_order(length, axis_size("context"))
   q, k, v, d_out = (jnp.asarray(x[:, order]) for x in arrays)
   ids = {}
   if segments is not None:
@@ -98,9 +98,9 @@ def check(heads, arrays, found, segments=None):
 
 
 def test_balanced_order_is_a_permutation_of_whole_chunks():
-  assert context.balanced_order(8, 2).tolist() == [0, 1, 6, 7, 2, 3, 4, 5]
-  assert context.balanced_order(6, 1).tolist() == list(range(6))
-  order = context.balanced_order(64, 8)
+  assert chunks.balanced_order(8, 2).tolist() == [0, 1, 6, 7, 2, 3, 4, 5]
+  assert chunks.balanced_order(6, 1).tolist() == list(range(6))
+  order = chunks.balanced_order(64, 8)
   assert sorted(order.tolist()) == list(range(64))
   # Pairs that a causal mask shows, by device: the same everywhere.
   assert len(set((order.reshape(8, 8) + 1).sum(1).tolist())) == 1
@@ -165,7 +165,7 @@ long = pytest.mark.exhaustive
   ],
 )
 def test_exchange_is_the_oracles(axes, heads, kv_heads, balanced):
-  assert context.is_exchangeable(heads.pattern, kv_heads)
+  assert exchange.is_exchangeable(heads.pattern, kv_heads)
   arrays = draw(REACH * 8, heads.pattern.num_heads, kv_heads, 2)
   with jax.set_mesh(mesh(**axes)):
     found = attend(arrays, pattern=heads.pattern, balanced=balanced)
@@ -195,7 +195,7 @@ def test_exchange_is_the_oracles(axes, heads, kv_heads, balanced):
   ],
 )
 def test_all_to_all_is_the_oracles(axes, heads, kv_heads, length, balanced):
-  assert not context.is_exchangeable(heads.pattern, kv_heads)
+  assert not exchange.is_exchangeable(heads.pattern, kv_heads)
   arrays = draw(length, 4, kv_heads, 2)
   with jax.set_mesh(mesh(**axes)):
     found = attend(arrays, pattern=heads.pattern, balanced=balanced)
@@ -215,7 +215,7 @@ def test_packed_sequences_stay_apart(balanced):
 
 def test_what_is_exchanged():
   def exchanged(*rules, kv_heads=2):
-    return context.is_exchangeable(HeadContexts(8, rules), kv_heads)
+    return exchange.is_exchangeable(HeadContexts(8, rules), kv_heads)
 
   near, far = Strided(local=2), Strided(local=2, stride=4, residue=1)
   assert exchanged(near, far)
@@ -270,7 +270,7 @@ def test_refuses_what_does_not_split(axes, heads, kv_heads, length, message):
 
 def test_order_of_a_length_that_does_not_split():
   with pytest.raises(UserError, match="context=4.*of 8, got 20.*nearest is 16"):
-    context.balanced_order(20, 4)
+    chunks.balanced_order(20, 4)
 
 
 @pytest.mark.parametrize(
@@ -286,7 +286,7 @@ def test_heads_that_are_off_are_not_computed(heads):
   active = np.random.default_rng(5).random((2, 64, 4)) < 0.5
   active[..., 0] = True
   active[..., 3] &= ~active[..., 1:3].all(-1)  # Three of four at the most.
-  order = context.balanced_order(64, 2)
+  order = chunks.balanced_order(64, 2)
   arrays = (*arrays[:3], np.where(active[..., None], arrays[3], 0))
   with jax.set_mesh(mesh(context=2, heads=2)):
     found = attend(

@@ -9,7 +9,7 @@ from flax import nnx
 from jaxheads import UserError, s2
 from jaxheads.models import generate
 from jaxheads.nn import HeadAttention
-from jaxheads.sharding import MeshShape, context, make_mesh
+from jaxheads.sharding import MeshShape, chunks, make_mesh
 from tests.models.builders import (
   ROUTED,
   forward,
@@ -104,7 +104,7 @@ def test_balanced_layers_count_positions_in_the_original_order():
   attention = layer(rope_theta=100.0)
   x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 16, 8)), "f4")
   alone = attention(x, is_causal=True)
-  order = context.balanced_order(16, 2)
+  order = chunks.balanced_order(16, 2)
   with jax.set_mesh(mesh(2)):
     split = nnx.jit(
       lambda attention, x: attention(x, is_causal=True, balanced=True)
