@@ -16,9 +16,15 @@ OTHERS = [
   *({axis: n} for axis, sizes in AXES.items() for n in sizes),
   dict(context=4, heads=2),
 ]
+
+
+def on_request(axes):
+  return pytest.param(axes, marks=pytest.mark.exhaustive)
+
+
 MESHES = [
+  *map(on_request, OTHERS),
   *QUICK,
-  *(pytest.param(axes, marks=pytest.mark.exhaustive) for axes in OTHERS),
 ]
 
 
@@ -40,8 +46,13 @@ def config_for(axes, **changes):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("axes", MESHES, ids=str)
-@pytest.mark.parametrize("execution", ["dense", "dispatch"])
+@pytest.mark.parametrize(
+  "axes", [*MESHES[:-2], on_request(QUICK[0]), QUICK[1]], ids=str
+)
+@pytest.mark.parametrize(
+  "execution",
+  ["dispatch", pytest.param("dense", marks=pytest.mark.exhaustive)],
+)
 def test_gradients_are_those_of_one_device(axes, execution):
   config = config_for(axes, execution=execution)
   one, other = runs.gradients(config), runs.gradients(config, **axes)
