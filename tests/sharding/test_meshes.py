@@ -8,23 +8,15 @@ from tests.sharding import runs
 
 AXES = {"data": (2, 4, 8), "fsdp": (2, 4, 8), "context": (2, 4, 8)}
 AXES["heads"] = (2, 4, 8)
-QUICK = [
-  dict(data=2, fsdp=2, context=2, heads=1),
-  dict(data=1, fsdp=2, context=2, heads=2),
-]
+QUICK = dict(data=1, fsdp=2, context=2, heads=2)
 OTHERS = [
   *({axis: n} for axis, sizes in AXES.items() for n in sizes),
+  dict(data=2, fsdp=2, context=2, heads=1),
   dict(context=4, heads=2),
 ]
-
-
-def on_request(axes):
-  return pytest.param(axes, marks=pytest.mark.exhaustive)
-
-
 MESHES = [
-  *map(on_request, OTHERS),
-  *QUICK,
+  QUICK,
+  *(pytest.param(axes, marks=pytest.mark.exhaustive) for axes in OTHERS),
 ]
 
 
@@ -46,9 +38,7 @@ def config_for(axes, **changes):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-  "axes", [*MESHES[:-2], on_request(QUICK[0]), QUICK[1]], ids=str
-)
+@pytest.mark.parametrize("axes", MESHES, ids=str)
 @pytest.mark.parametrize(
   "execution",
   ["dispatch", pytest.param("dense", marks=pytest.mark.exhaustive)],
@@ -71,7 +61,7 @@ def test_the_loss_curve_is_that_of_one_device(axes):
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("axes", QUICK, ids=str)
+@pytest.mark.parametrize("axes", [QUICK, OTHERS[-2]], ids=str)
 def test_accumulation_leaves_the_scale_of_the_loss(axes):
   config = runs.config()
   one = runs.trained(config)[0][0]
